@@ -1,0 +1,60 @@
+# make demo · make test · make lint · make test-plugin P=llama · make test-isolated P=llama · make bench
+PYTHON ?= python3
+BIN := .venv/bin
+PLUGINS := $(sort $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml)))
+STAMP := .venv/.installed
+PLUGGY_OLD := .cache/pluggy-1.6
+P ?= llama
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format test-plugin test-isolated bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(STAMP)  ## create .venv with the core, every plugin and the test tools
+
+$(STAMP): pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(PLUGINS))
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]" $(addprefix -e ./,$(PLUGINS))
+	touch $@
+
+$(PLUGGY_OLD): $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $@ pluggy==1.6.0
+	touch $@
+
+demo: $(STAMP)  ## quantize the small model in examples/pycoder and compare it with the original
+	$(BIN)/awq demo
+
+test: $(STAMP) $(PLUGGY_OLD)  ## all tests; the hook tests once more on the oldest pluggy
+	PYTHONPATH=$(PLUGGY_OLD) $(BIN)/python -m pytest -q -p no:cacheprovider tests/hooks
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy --allow-untyped-defs $(wildcard plugins/*/awq_plugin_*)
+
+format: $(STAMP)  ## rewrite the sources the way lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-plugin: $(STAMP)  ## the tests of one plugin: make test-plugin P=llama
+	$(BIN)/python -m pytest -q plugins/$(P)
+
+test-isolated:  ## one plugin's tests against built wheels in an empty environment: make test-isolated P=llama
+	rm -rf .cache/isolated && mkdir -p .cache/isolated
+	$(PYTHON) -m venv .cache/isolated/env
+	.cache/isolated/env/bin/python -m pip install -q --upgrade pip
+	.cache/isolated/env/bin/python -m pip wheel -q --no-deps -w .cache/isolated/dist . ./plugins/$(P)
+	.cache/isolated/env/bin/python -m pip install -q -c constraints.txt pytest .cache/isolated/dist/*.whl
+	.cache/isolated/env/bin/python -m pytest -q plugins/$(P)
+
+bench: $(STAMP)  ## benchmarks that fit a small machine
+	$(BIN)/python benchmarks/quantize.py
+
+clean:  ## remove environments, caches and demo output
+	rm -rf .venv .cache demo-output

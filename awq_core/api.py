@@ -1,0 +1,288 @@
+"""The three calls: `plan`, `quantize`, `load`. Everything the command line does goes through them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from awq_core.calibration.batches import CalibrationData, multimodal_batches, text_batches
+from awq_core.calibration.sources import describe_source, read_samples
+from awq_core.checkpoint.files import side_files
+from awq_core.checkpoint.format import already_quantized, quantization_config
+from awq_core.checkpoint.reader import CheckpointReader
+from awq_core.checkpoint.writer import CheckpointWriter
+from awq_core.config import QuantConfig
+from awq_core.devices import pick_device, pick_dtype
+from awq_core.errors import CalibrationError, CheckpointError
+from awq_core.hooks.manager import Owner, PluginManager, default_manager
+from awq_core.model_card import model_card
+from awq_core.planning import Plan, make_plan
+from awq_core.quantization.block import LinearReport
+from awq_core.quantization.engine import BlockDone, Engine
+from awq_core.quantization.proof import Proof, require_proof
+from awq_core.runtime.load import load
+from awq_core.skeleton import build_skeleton, checkpoint_names, open_config, raw_config, resolve
+
+__all__ = ["Phase", "QuantizeResult", "load", "plan", "quantize"]
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Progress: a step before the blocks has begun or ended; `text` is for people."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeResult:
+    """What `quantize` did."""
+
+    out: Path
+    plan: Plan
+    proof: Proof
+    reports: tuple[LinearReport, ...]
+    calibration: CalibrationData | None
+    seconds: float
+
+
+def plan(
+    model: PathLike,
+    *,
+    config: QuantConfig | None = None,
+    plugin: str | None = None,
+    trust_remote_code: bool = False,
+    samples: int = 128,
+    seq_len: int = 512,
+    manager: PluginManager | None = None,
+) -> Plan:
+    """What would happen to every weight of `model`, from its config.json alone.
+
+    Args:
+        model: local folder or hub name.
+        config: settings; default `QuantConfig()`.
+        plugin: owner, where two installed plugins claim the model.
+        samples, seq_len: planned calibration, for the memory estimate.
+
+    Raises:
+        UnsupportedModelError, PluginConflictError: nobody, or more than one plugin, owns the model.
+        PlanError: the plugin's groups do not fit the model.
+    """
+    manager = manager or default_manager()
+    folder = resolve(model, weights=False)
+    typed, owner = open_config(folder, manager, plugin=plugin, trust_remote_code=trust_remote_code)
+    skeleton = build_skeleton(typed, trust_remote_code=trust_remote_code)
+    manager.prepare_model(owner, skeleton)
+    itemsize = torch.empty(0, dtype=_declared_dtype(typed)).element_size()
+    tokens = samples * seq_len
+    return make_plan(skeleton, owner, manager, config or QuantConfig(), calibration_tokens=tokens, itemsize=itemsize)
+
+
+def quantize(
+    model: PathLike,
+    out: PathLike,
+    *,
+    config: QuantConfig | None = None,
+    calibration: Any = None,
+    samples: int = 128,
+    seq_len: int = 512,
+    plugin: str | None = None,
+    device: str = "auto",
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
+    manager: PluginManager | None = None,
+    progress: Callable[[Phase | BlockDone], None] | None = None,
+) -> QuantizeResult:
+    """Quantize a model folder into an AWQ checkpoint.
+
+    Args:
+        model: local folder or hub name of an unquantized model.
+        out: folder to write; must be empty or not exist. Appears whole or not at all.
+        config: settings; default `QuantConfig()`.
+        calibration: text file, .jsonl, .jsonl.zst, .parquet, folder of texts or of images with captions, Hugging Face
+            dataset name, list of strings or of token lists, or ready `CalibrationData`; None is the built-in default.
+        samples, seq_len: calibration windows and tokens in each.
+        plugin: owner, where two installed plugins claim the model.
+        device: "auto" (CUDA where present), "cpu", "cuda:1", ...
+        dtype: of activations while calibrating; "auto" is the checkpoint's where the device is fast in it.
+        tokenizer: replaces the model folder's own.
+        progress: called with `Phase` and `BlockDone` values.
+
+    Raises:
+        AwqError: one of its kinds, each with what to try next; nothing that looks finished is left behind.
+    """
+    started = time.perf_counter()
+    config = config or QuantConfig()
+    manager = manager or default_manager()
+    say = progress or (lambda event: None)
+    folder = resolve(model)
+    raw = raw_config(folder)
+    if method := already_quantized(raw):
+        raise CheckpointError(f"{folder}: already quantized ({method})", hint="start from the original model")
+    typed, owner = open_config(folder, manager, plugin=plugin, trust_remote_code=trust_remote_code)
+    target = pick_device(device)
+    with CheckpointWriter(Path(out)) as writer, CheckpointReader(folder) as reader:
+        stored = _stored_dtype(reader)
+        compute = _compute_dtype(dtype, stored, target)
+        skeleton = build_skeleton(typed, dtype=compute, trust_remote_code=trust_remote_code)
+        manager.prepare_model(owner, skeleton)
+        decided = make_plan(
+            skeleton,
+            owner,
+            manager,
+            config,
+            calibration_tokens=samples * seq_len,
+            itemsize=torch.empty(0, dtype=stored).element_size(),
+        )
+        names = checkpoint_names(skeleton, reader.names)
+        step_dtype = torch.bfloat16 if stored is torch.bfloat16 else torch.float16
+        engine = Engine(reader, skeleton, names, decided, device=target, step_dtype=step_dtype)
+        proof = require_proof(typed, owner, manager, trust_remote_code=trust_remote_code)
+        say(Phase(f"{owner.dist} {owner.version}: {proof.groups} scale groups proved, error {proof.error:.1e}"))
+        data = None
+        if config.needs_calibration:
+            vocabulary = getattr(typed.get_text_config(), "vocab_size", None)
+            opened = _Preprocessors(folder, tokenizer, trust_remote_code)
+            data = _calibration(calibration, opened, owner, manager, config.seed, samples, seq_len, vocabulary)
+            say(Phase(f"calibration: {data.samples} samples, {data.tokens} tokens from {data.source}"))
+            for note in data.notes:
+                say(Phase(f"calibration: {note}"))
+        reports = tuple(engine.run(data, writer, say))
+        seconds = time.perf_counter() - started
+        files = side_files(folder, include_code=trust_remote_code)
+        group_size = config.group_size
+        kept = _kept_prefixes(decided, names)
+        files["config.json"] = _json(
+            {**raw, "quantization_config": quantization_config(group_size=group_size, modules_to_not_convert=kept)}
+        )
+        files["README.md"] = model_card(str(model), decided, proof, reports, data)
+        writer.finish(files)
+    return QuantizeResult(Path(out), decided, proof, reports, data, seconds)
+
+
+def _json(value: Any) -> str:
+    import json
+
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _kept_prefixes(plan_: Plan, names: dict[str, str]) -> list[str]:
+    """Prefixes as on disk (vLLM matches those) and, where transformers renames them, as in memory too."""
+    prefixes: dict[str, None] = {}
+    for prefix in plan_.kept_prefixes():
+        for name, on_disk in names.items():
+            if name.startswith(prefix + "."):
+                tail = name[len(prefix) :]
+                if on_disk.endswith(tail):
+                    prefixes[on_disk.removesuffix(tail)] = None
+                break
+        prefixes[prefix] = None
+    return list(prefixes)
+
+
+def _calibration(
+    source: Any,
+    opened: _Preprocessors,
+    owner: Owner,
+    manager: PluginManager,
+    seed: int,
+    samples: int,
+    seq_len: int,
+    vocab_size: int | None,
+) -> CalibrationData:
+    if isinstance(source, CalibrationData):
+        return source
+    stream = iter(read_samples(source, shuffle=True, seed=seed))
+    first = next(stream, None)
+    if first is None:
+        raise CalibrationError(f"{describe_source(source)}: no samples", hint="give a file or folder with text")
+    both = _chain(first, stream)
+    if first.get("images"):
+        processor = opened.processor()
+
+        def make_batch(sample: Any) -> Any:
+            return manager.calibration_batch(owner, processor, sample)
+
+        return multimodal_batches(both, make_batch=make_batch, n_samples=samples, description=describe_source(source))
+    return text_batches(
+        both,
+        opened.tokenizer(),
+        n_samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        description=describe_source(source),
+        vocab_size=vocab_size,
+    )
+
+
+def _chain(first: Any, rest: Iterable[Any]) -> Iterable[Any]:
+    yield first
+    yield from rest
+
+
+@dataclass(frozen=True, slots=True)
+class _Preprocessors:
+    """What turns samples into tokens: the object the caller gave, else the model folder's own, opened when needed."""
+
+    folder: Path
+    given: Any
+    trust_remote_code: bool
+
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        if self.given is not None:
+            return self.given
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        except Exception as error:
+            raise CalibrationError(
+                f"{self.folder}: no tokenizer could be opened",
+                hint="copy the tokenizer files there, or pass tokenizer=",
+            ) from error
+
+    def processor(self) -> Any:
+        from transformers import AutoProcessor
+
+        if self.given is not None:
+            return self.given
+        try:
+            return AutoProcessor.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160]
+            raise CalibrationError(
+                f"{self.folder}: no image processor could be opened: {reason}",
+                hint="copy the processor files there, or install what it names",
+            ) from error
+
+
+def _stored_dtype(reader: CheckpointReader) -> torch.dtype:
+    """The dtype most of the checkpoint's bytes are in."""
+    sizes: Counter[torch.dtype] = Counter()
+    for name in reader.names:
+        sizes[reader.dtype(name)] += reader.nbytes(name)
+    return next((dtype for dtype, _ in sizes.most_common() if dtype.is_floating_point), torch.float32)
+
+
+def _compute_dtype(dtype: torch.dtype | str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        return pick_dtype(dtype)
+    if device.type == "cpu" and not (stored is torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):
+        return torch.float32
+    return stored if stored in (torch.bfloat16, torch.float16, torch.float32) else torch.float32
+
+
+def _declared_dtype(config: Any) -> torch.dtype:
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32

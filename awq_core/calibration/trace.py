@@ -1,0 +1,146 @@
+"""The inputs of every block of a stack, recorded from one pass of the model through stubs.
+
+While recording, each block's `forward` is a stub that notes its arguments and hands its input on unchanged, so the
+model's own code builds the embeddings, masks and rotary tables (per block, where they differ from block to block)
+and no block weight is needed. The pass stops after the last block.
+
+Most models hand one block's output straight to the next. Where the model adds something in between (image features
+added after the early blocks), the stub sees a tensor other than the one it returned, and the difference is kept:
+
+    input of block i = output of block i-1 + between_i
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+HIDDEN = "hidden_states"
+
+
+@dataclass(slots=True)
+class Call:
+    """Arguments of one block for one batch, without the hidden states; `keyword` says how those are passed."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: bool
+    between: torch.Tensor | None = None
+
+    def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The block's output for `hidden` (`[batch, tokens, hidden]`)."""
+        if self.keyword:
+            out = block(*self.args, **{HIDDEN: hidden}, **self.kwargs)
+        else:
+            out = block(hidden, *self.args, **self.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+@dataclass(slots=True)
+class StackInputs:
+    """What a stack of blocks is fed.
+
+    Attributes:
+        hidden: per batch, the input of the block that is worked next.
+        calls: `[block][batch]`.
+        masks: per batch, True for tokens that are no padding, or None.
+    """
+
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    calls: list[list[Call]] = field(default_factory=list)
+    masks: list[torch.Tensor | None] = field(default_factory=list)
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Replace the inputs of block `index` by those of the next block."""
+        last = index + 1 == len(self.calls)
+        for batch, call in enumerate(self.calls[index]):
+            out = call.run(block, self.hidden[batch])
+            between = None if last else self.calls[index + 1][batch].between
+            self.hidden[batch] = out if between is None else out + between
+        self.calls[index] = []
+
+
+class _StackDone(Exception):
+    pass
+
+
+class _TupleExpected(Exception):
+    pass
+
+
+def record(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    batches: Sequence[dict[str, torch.Tensor]],
+    *,
+    device: torch.device | str = "cpu",
+) -> StackInputs:
+    """Run `model` on each batch with stubs for `blocks`.
+
+    Args:
+        batches: keyword arguments of the model; "attention_mask", where present, also says which tokens are padding.
+    """
+    try:
+        return _record(model, blocks, batches, returns_tuple=False, device=device)
+    except _TupleExpected:
+        return _record(model, blocks, batches, returns_tuple=True, device=device)
+
+
+def _record(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    batches: Sequence[dict[str, torch.Tensor]],
+    *,
+    returns_tuple: bool,
+    device: torch.device | str,
+) -> StackInputs:
+    inputs = StackInputs(calls=[[] for _ in blocks])
+    returned: list[torch.Tensor] = []
+
+    def stub(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            keyword = not args
+            hidden = kwargs.pop(HIDDEN) if keyword else args[0]
+            call = Call(args[1:], kwargs, keyword)
+            if index == 0:
+                inputs.hidden.append(hidden)
+            elif hidden is not returned[-1]:
+                if hidden.ndim < returned[-1].ndim:
+                    # The model took the first member of what the block returned: blocks return tuples here.
+                    raise _TupleExpected
+                difference = hidden - returned[-1]
+                call.between = difference if torch.any(difference) else None
+            returned[:] = [hidden]
+            inputs.calls[index].append(call)
+            if index + 1 == len(blocks):
+                raise _StackDone
+            return (hidden,) if returns_tuple else hidden
+
+        return forward
+
+    with torch.no_grad(), _replaced_forwards(blocks, [stub(index) for index in range(len(blocks))]):
+        for batch in batches:
+            batch = {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
+            mask = batch.get("attention_mask")
+            inputs.masks.append(mask.bool() if mask is not None and mask.ndim == 2 else None)
+            try:
+                model(**batch, use_cache=False)
+            except _StackDone:
+                continue
+    return inputs
+
+
+@contextmanager
+def _replaced_forwards(blocks: Sequence[nn.Module], stubs: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    for block, stub in zip(blocks, stubs, strict=True):
+        block.forward = stub
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own method shows again

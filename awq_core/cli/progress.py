@@ -1,0 +1,123 @@
+"""Progress of long work: a live bar where a person watches, plain lines in a log, JSON lines for a program.
+
+Bars and lines go to stderr, JSON to stdout.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from awq_core.cli.output import duration, note, print_json_line
+
+if TYPE_CHECKING:
+    from awq_core.api import Phase
+    from awq_core.quantization.engine import BlockDone
+
+    Events = Callable[[Phase | BlockDone], None]
+    Windows = Callable[[int, int], None]
+
+
+def watched() -> bool:
+    """Whether stderr is a terminal."""
+    return sys.stderr.isatty()
+
+
+class Pace:
+    """Seconds a block so far, and from them the time left."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def left(self, event: BlockDone) -> float:
+        """Seconds until the last block, counting `event` as the newest."""
+        self.seconds += event.seconds
+        return self.seconds / event.done * (event.total - event.done)
+
+
+def loss_text(event: BlockDone) -> str:
+    """Output error of the block, rounded to nearest and as it was quantized; empty without calibration."""
+    if event.loss is None or event.loss_rtn is None:
+        return ""
+    change = f" ({event.loss / event.loss_rtn - 1:+.0%})" if event.loss_rtn else ""
+    return f"error {event.loss_rtn:.3g} -> {event.loss:.3g}{change}"
+
+
+def block_text(event: BlockDone, left: float) -> str:
+    """One line of a log."""
+    parts = [f"block {event.done}/{event.total}", event.path, duration(event.seconds)]
+    parts += [f"{duration(left)} left"] if event.done < event.total else []
+    parts += [loss_text(event)] if event.loss is not None else []
+    return "  ".join(parts)
+
+
+@contextmanager
+def quantizing(as_json: bool, indent: str = "") -> Iterator[Events]:
+    """A receiver for the events of `awq_core.quantize`; `indent` goes before each line."""
+    if as_json:
+        yield _json_lines
+    elif watched():
+        with _bar(indent) as events:
+            yield events
+    else:
+        yield _lines(indent)
+
+
+def _json_lines(event: Phase | BlockDone) -> None:
+    from dataclasses import asdict
+
+    kind = "block" if hasattr(event, "done") else "phase"
+    print_json_line({"event": kind, **asdict(event)})
+
+
+def _lines(indent: str) -> Events:
+    from awq_core.api import Phase
+
+    pace = Pace()
+
+    def receive(event: Phase | BlockDone) -> None:
+        note(indent + (event.text if isinstance(event, Phase) else block_text(event, pace.left(event))))
+
+    return receive
+
+
+@contextmanager
+def _bar(indent: str) -> Iterator[Events]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from awq_core.api import Phase
+
+    pace = Pace()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"))
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"{indent}blocks", total=None, detail="", visible=False)
+
+        def receive(event: Phase | BlockDone) -> None:
+            if isinstance(event, Phase):
+                progress.console.print(indent + event.text, markup=False, highlight=False)
+                return
+            left = pace.left(event)
+            parts = [f"{pace.seconds / event.done:.1f} s a block"]
+            parts += [f"{duration(left)} left"] if event.done < event.total else []
+            parts += [loss_text(event)] if event.loss is not None else []
+            progress.update(task, completed=event.done, total=event.total, detail=", ".join(parts), visible=True)
+
+        yield receive
+
+
+@contextmanager
+def measuring(label: str, as_json: bool) -> Iterator[Windows | None]:
+    """A receiver for (windows done, windows in all): a bar that vanishes when done; None where nobody watches."""
+    if as_json or not watched():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,134 @@
+"""`awq quantize`: one call of `awq_core.quantize`, watched while it works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from awq_core.cli.options import (
+    device_option,
+    json_option,
+    make_config,
+    plugin_option,
+    trust_option,
+    weight_options,
+)
+from awq_core.cli.output import command_line, duration, note, print_json_line, weight_bytes
+
+if TYPE_CHECKING:
+    from awq_core.api import QuantizeResult
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  awq quantize MODEL --out DIR
+  awq quantize MODEL --out DIR --calib corpus.jsonl --samples 256
+  awq quantize MODEL --out DIR --group-size 32 --component vision=keep
+  awq quantize MODEL --out DIR --rounding nearest --no-scale
+\b
+The last is round-to-nearest without calibration: --no-scale switches the clip
+off too. `--no-scale --clip asymmetric` clips without scales, which calibrates.
+With --json, stdout has one JSON object a line: phases, blocks, then the result.
+"""
+)
+@click.argument("model")
+@click.option("--out", required=True, metavar="DIR", help="Folder to write: new or empty. Appears whole or not at all.")
+@click.option(
+    "--calib",
+    metavar="FILE|FOLDER|DATASET",
+    help="Text to calibrate on: a file, a folder of texts or captioned images, a hub dataset.  "
+    "[default: the Python standard library's source]",
+)
+@weight_options
+@plugin_option
+@device_option
+@click.option("--dtype", default="auto", help="Of activations while calibrating: float32, bfloat16.")
+@click.option("--seed", type=int, default=0, help="Draws the calibration samples.")
+@trust_option
+@json_option
+def quantize(
+    model: str,
+    out: str,
+    calib: str | None,
+    samples: int,
+    seq_len: int,
+    plugin: str | None,
+    device: str,
+    dtype: str,
+    seed: int,
+    trust_remote_code: bool,
+    as_json: bool,
+    **weights: Any,
+) -> None:
+    """Quantize MODEL, a folder or a hub name, into an AWQ checkpoint."""
+    config = make_config(**weights, seed=seed)
+    if calib is not None and not config.needs_calibration:
+        note("round-to-nearest needs no calibration: --calib is not read")
+    import awq_core
+    from awq_core.cli.progress import quantizing
+
+    with quantizing(as_json) as progress:
+        result = awq_core.quantize(
+            model,
+            out,
+            config=config,
+            calibration=calib,
+            samples=samples,
+            seq_len=seq_len,
+            plugin=plugin,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    for text in result.calibration.notes if result.calibration else ():
+        note(f"note: {text}")
+    if as_json:
+        print_json_line({"event": "done", **summary(result)})
+        return
+    tell(result)
+    note(f"next: {command_line('awq', 'generate', out, '--prompt', 'Once upon a time')}")
+    note(f"      {command_line('awq', 'eval', out, '--against', model)}")
+
+
+def summary(result: QuantizeResult) -> dict[str, Any]:
+    """The result as plain values."""
+    plan, data = result.plan, result.calibration
+    return {
+        "out": Path(result.out),
+        "family": plan.family,
+        "plugin": plan.plugin,
+        "dist": plan.dist,
+        "version": plan.version,
+        "config": plan.config.to_dict(),
+        "quantized": sum(linear.quantize for linear in plan.linears),
+        "kept": sum(not linear.quantize for linear in plan.linears),
+        "coverage": round(plan.coverage, 4),
+        "proof_error": result.proof.error,
+        "calibration": {"source": data.source, "samples": data.samples, "tokens": data.tokens} if data else None,
+        "loss_rtn": total_loss(result, "loss_rtn"),
+        "loss": total_loss(result, "loss"),
+        "bytes_before": plan.bytes_before,
+        "bytes_after": weight_bytes(Path(result.out)),
+        "seconds": round(result.seconds, 2),
+    }
+
+
+def total_loss(result: QuantizeResult, field: str) -> float | None:
+    """Sum over linears of "loss_rtn" or "loss"; None where nothing was calibrated."""
+    losses = [getattr(report, field) for report in result.reports]
+    return None if not losses or None in losses else sum(losses)
+
+
+def tell(result: QuantizeResult) -> None:
+    """The result for the eye: where it is, how large, how good, how long it took."""
+    from awq_core.model_card import size_text
+
+    before, after = size_text(result.plan.bytes_before), size_text(weight_bytes(Path(result.out)))
+    click.echo(f"{result.out}: {before} -> {after} in {duration(result.seconds)}")
+    rtn, loss = total_loss(result, "loss_rtn"), total_loss(result, "loss")
+    if rtn and loss is not None:
+        click.echo(f"output error {loss:.3g}, {loss / rtn:.1%} of round-to-nearest's {rtn:.3g}, summed over linears")

@@ -1,0 +1,97 @@
+"""`QuantConfig`: what to do with the weights. Every field has the name and meaning the field's tools use."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from awq_core.errors import ConfigError
+
+GROUP_SIZES = (32, 64, 128, -1)
+ROUNDINGS = ("nearest",)
+CLIPS = ("asymmetric", "none")
+COMPONENT_CHOICES = ("keep", "4bit")
+# AutoAWQ's names, accepted wherever a dictionary is.
+ALIASES = {"w_bit": "bits", "q_group_size": "group_size"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """How weights are quantized.
+
+    Attributes:
+        bits: 4, the width an AWQ checkpoint holds.
+        group_size: input channels that share one scale and zero point: 32, 64, 128, or -1 for the whole row.
+        scale: search AWQ's per-channel scales; False leaves the function untouched before rounding.
+        clip: "asymmetric" searches both ends of every group's range on the statistics; "none" uses minimum, maximum.
+        rounding: "nearest".
+        components: per component, "keep" or "4bit"; overrides the plugin's policy.
+        modules_to_not_convert: linears whose full name contains one of these strings stay as they are.
+        seed: for sampling calibration windows.
+
+    With `scale=False, clip="none"` this is round-to-nearest and needs no calibration data.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    scale: bool = True
+    clip: str = "asymmetric"
+    rounding: str = "nearest"
+    components: Mapping[str, str] = field(default_factory=dict)
+    modules_to_not_convert: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bits != 4:
+            raise ConfigError(f"bits={self.bits} is not possible", hint="an AWQ checkpoint holds 4-bit weights: bits=4")
+        if self.group_size not in GROUP_SIZES:
+            raise ConfigError(
+                f"group_size={self.group_size} is not possible", hint=f"one of {', '.join(map(str, GROUP_SIZES))}"
+            )
+        for name, value, allowed in (("rounding", self.rounding, ROUNDINGS), ("clip", self.clip, CLIPS)):
+            if value not in allowed:
+                raise ConfigError(f"{name}={value!r} is not known", hint=f"one of {', '.join(allowed)}")
+        for component, choice in self.components.items():
+            if choice not in COMPONENT_CHOICES:
+                raise ConfigError(
+                    f"component {component}={choice!r} is not known", hint=f"one of {', '.join(COMPONENT_CHOICES)}"
+                )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether statistics of activations are used at all."""
+        return self.scale or self.clip != "none"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
+        """Build from a dictionary; AutoAWQ's keys (`w_bit`, `q_group_size`, `zero_point`, `version`) are understood.
+
+        Raises:
+            ConfigError: an unknown key (with the nearest known one), or a value this format cannot hold.
+        """
+        known = {f.name for f in fields(cls)}
+        result: dict[str, Any] = {}
+        for key, value in values.items():
+            name = ALIASES.get(key, key)
+            if name == "zero_point":
+                if value is not True:
+                    raise ConfigError("zero_point=False is not possible", hint="the GEMM format stores zero points")
+            elif name == "version":
+                if str(value).lower() != "gemm":
+                    raise ConfigError(f"version={value!r} is not possible", hint='use "GEMM", which every engine reads')
+            elif name == "modules_to_not_convert":
+                result[name] = tuple(value or ())
+            elif name in known:
+                result[name] = value
+            else:
+                near = difflib.get_close_matches(name, [*known, *ALIASES, "zero_point", "version"], n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+                raise ConfigError(f"unknown setting {key!r}", hint=hint)
+        return cls(**result)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        kept = list(self.modules_to_not_convert)
+        return {**asdict(self), "components": dict(self.components), "modules_to_not_convert": kept}

@@ -1,0 +1,42 @@
+"""Where tensors live: a device the user named, proved to be there before anything is put on it."""
+
+from __future__ import annotations
+
+import torch
+
+from awq_core.errors import ConfigError
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """The device to work on; "auto" is CUDA where there is one.
+
+    Raises:
+        ConfigError: torch does not know it, or it is not in this machine.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device={device!r} is not known", hint='"auto", "cpu", "cuda" or "cuda:1"') from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r}: this torch sees no GPU", hint='use "cpu" or install a CUDA build')
+    try:
+        usable = torch.empty(1, device=chosen).cpu().numel() == 1
+    except (RuntimeError, AssertionError, NotImplementedError):
+        usable = False
+    if not usable:
+        raise ConfigError(f"device={device!r} is not in this machine", hint='"auto", "cpu", "cuda" or "cuda:1"')
+    return chosen
+
+
+def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A floating-point dtype from itself or its name, "bfloat16" or "torch.bfloat16".
+
+    Raises:
+        ConfigError: torch has no such dtype, or models do not compute in it.
+    """
+    chosen = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if chosen not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ConfigError(f"dtype={dtype!r} is not possible", hint='"auto", "float32" or "bfloat16"')
+    return chosen

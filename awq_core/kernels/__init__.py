@@ -1,0 +1,102 @@
+"""Int4 linear kernels and the one place where a backend is chosen.
+
+A backend repacks a checkpoint's linear once, at load, into the tensors it wants, and multiplies with them:
+
+    state = kernel.prepare(packed, dtype)      y = kernel.linear(x, state)      x [tokens, in] -> y [tokens, out]
+
+Backends are declared as `KernelBackend` values, the core's own as well as plugins'. The highest priority that
+supports device, dtype and shape wins; `AWQ_KERNEL=name` forces one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from awq_core.checkpoint.pack import PackedLinear
+from awq_core.errors import ConfigError
+from awq_core.hooks.defaults import KERNEL_BACKENDS
+from awq_core.hooks.types import KernelBackend
+
+FORMAT = "gemm"
+
+
+class Kernel(Protocol):
+    """What a backend's factory returns."""
+
+    def unsupported(self, packed: PackedLinear, dtype: torch.dtype) -> str:
+        """Why this linear cannot run here in `dtype`, or an empty string."""
+
+    def prepare(self, packed: PackedLinear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The tensors `linear` needs, on the device of `packed`."""
+
+    def linear(self, x: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
+        """x `[tokens, in]` times the weight transposed: `[tokens, out]`, in the dtype of x."""
+
+
+def choose(
+    packed: PackedLinear,
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    backends: Sequence[KernelBackend] = KERNEL_BACKENDS,
+) -> tuple[str, Kernel]:
+    """The best of `backends` for one linear: (name, kernel).
+
+    Raises:
+        ConfigError: `AWQ_KERNEL` names a backend that does not exist or cannot run this linear.
+    """
+    candidates = sorted(backends, key=lambda backend: (-backend.priority, backend.name))
+    forced = os.environ.get("AWQ_KERNEL")
+    if forced:
+        candidates = [backend for backend in candidates if backend.name == forced]
+        if not candidates:
+            names = ", ".join(sorted(backend.name for backend in backends))
+            raise ConfigError(f"AWQ_KERNEL={forced}: no such backend", hint=f"one of: {names}")
+    reasons = []
+    for backend in candidates:
+        why = _unfit(backend, device)
+        made = None if why else _make(backend)
+        if isinstance(made, str):
+            why = made
+        elif made is not None:
+            why = made.unsupported(packed, dtype)
+            if not why:
+                return backend.name, made
+        reasons.append(f"{backend.name}: {why}")
+    hint = "unset AWQ_KERNEL" if forced else "a backend that runs it must be among kernel_backends()"
+    raise ConfigError(f"no int4 kernel runs this linear: {'; '.join(reasons)}", hint=hint)
+
+
+def _unfit(backend: KernelBackend, device: str) -> str:
+    """Why a backend cannot run on this device, as far as its declaration tells; empty when it can."""
+    if FORMAT not in backend.formats:
+        return f"does not read format {FORMAT}"
+    if device not in backend.devices:
+        return f"not on {device}"
+    if device == "cuda" and backend.min_capability:
+        major, minor = torch.cuda.get_device_capability()
+        if 10 * major + minor < backend.min_capability:
+            return f"needs compute capability {backend.min_capability}, this GPU has {10 * major + minor}"
+    return ""
+
+
+_MADE: dict[str, Kernel | str] = {}
+
+
+def _make(backend: KernelBackend) -> Kernel | str:
+    """The backend's kernel, made once; or why its factory failed, said once: another backend then takes its place."""
+    if backend.factory not in _MADE:
+        module, _, attribute = backend.factory.partition(":")
+        try:
+            _MADE[backend.factory] = getattr(importlib.import_module(module), attribute)()
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            _MADE[backend.factory] = f"{backend.factory} failed: {type(error).__name__}: {reason}"
+            print(f"kernel backend {backend.name!r} not used: {_MADE[backend.factory]}", file=sys.stderr)
+    return _MADE[backend.factory]

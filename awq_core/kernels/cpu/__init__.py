@@ -1,0 +1,1 @@
+"""Int4 kernels for CPUs."""

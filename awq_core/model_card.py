@@ -1,0 +1,105 @@
+"""The model card: a README.md that says how a checkpoint was made, and from what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from awq_core.calibration.batches import CalibrationData
+from awq_core.planning import Plan
+from awq_core.quantization.block import LinearReport
+from awq_core.quantization.proof import Proof
+from awq_core.version import __version__
+
+TEMPLATE = """\
+---
+base_model: {base}
+library_name: transformers
+tags: [awq, 4-bit, int4]
+---
+
+# {name}, AWQ 4-bit
+
+Made from `{base}` with awq-core {version} and {dist} {dist_version}.
+
+| | |
+|---|---|
+| format | AWQ "gemm": 4-bit codes, zero points, groups of {group} |
+| method | {method} |
+| calibration | {calibration} |
+| size | {before} before, {after} after |
+| quantized | {quantized} linears, {coverage:.1%} of the parameters of the quantized blocks |
+| scale groups | {groups} a model of this shape, function preserved to {error:.0e} |
+{loss}
+## Kept as they were
+
+{kept}
+
+## Use
+
+```python
+import awq_core
+model = awq_core.load("{name}")
+```
+
+```
+vllm serve {name}
+```
+"""
+
+
+def model_card(
+    base: str, plan: Plan, proof: Proof, reports: Sequence[LinearReport], data: CalibrationData | None
+) -> str:
+    """The text of README.md."""
+    config = plan.config
+    steps = [
+        "activation-aware scales" if config.scale else "no scales",
+        f"{config.clip} clip" if config.clip != "none" else "no clip",
+        f"rounding to {config.rounding}",
+    ]
+    name = Path(base).name or base
+    quantized = sum(linear.quantize for linear in plan.linears)
+    loss = ""
+    if data is not None and reports:
+        rtn = sum(r.loss_rtn or 0.0 for r in reports)
+        ours = sum(r.loss or 0.0 for r in reports)
+        loss = f"| output error | {ours / rtn if rtn else 1:.3f} of round-to-nearest's, summed over linears |\n"
+    return TEMPLATE.format(
+        base=name,
+        name=name,
+        version=__version__,
+        dist=plan.dist,
+        dist_version=plan.version,
+        group=config.group_size if config.group_size != -1 else "a whole row",
+        method=", ".join(steps),
+        calibration=f"{data.samples} samples, {data.tokens} tokens: {data.source}" if data else "none",
+        before=size_text(plan.bytes_before),
+        after=size_text(plan.bytes_after),
+        quantized=quantized,
+        coverage=plan.coverage,
+        groups=proof.groups,
+        error=max(proof.error, 1e-9),
+        loss=loss,
+        kept=_kept(plan),
+    )
+
+
+def size_text(size: float) -> str:
+    """Bytes for people: "13.5 GB"."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError
+
+
+def _kept(plan: Plan) -> str:
+    reasons: dict[str, list[str]] = {}
+    for linear in plan.linears:
+        if not linear.quantize:
+            reasons.setdefault(linear.reason, []).append(linear.name)
+    lines = [
+        f"- {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {r}" for r, names in reasons.items()
+    ]
+    return "\n".join([*lines, "- embeddings and norms"])

@@ -1,0 +1,319 @@
+"""The plan: what will happen to every weight, and why, decided before any weight is read.
+
+    configuration + plugin + skeleton  ->  blocks, each with its linears and its resolved scale groups
+
+A linear is quantized unless a rule keeps it, and every rule leaves its reason in the plan: the component's policy, a
+group size that does not divide its inputs, a router that must stay exact. The linears of one scale group share a
+fate, because engines fuse them (q/k/v, gate/up) and a fused pair cannot be half quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from awq_core.config import QuantConfig
+from awq_core.errors import ConfigError, PlanError
+from awq_core.hooks.manager import Owner, PluginManager
+from awq_core.hooks.types import ComponentPolicy, LayerStack, ScaleGroup
+from awq_core.scale_groups import GroupPlan, Skip, expand, resolve_groups
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPlan:
+    """One linear's fate. `name` is its path in the model; `reason` is empty when it is quantized."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool
+    quantize: bool
+    group_size: int = 0
+    clip: bool = True
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    """One block: its path in the model, its linears and the scale groups that will be searched."""
+
+    component: str
+    path: str
+    linears: tuple[LinearPlan, ...]
+    groups: tuple[GroupPlan, ...] = ()
+    skipped: tuple[Skip, ...] = ()
+    parameters: int = 0
+
+    @property
+    def quantized(self) -> tuple[LinearPlan, ...]:
+        return tuple(linear for linear in self.linears if linear.quantize)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every weight's fate.
+
+    Attributes:
+        family, plugin, dist, version: who owns the model.
+        config: the settings the plan was made for.
+        policies: per component, what is done and why.
+        blocks: in the order they are worked.
+        outside: linears outside every stack; all kept.
+        bytes_before, bytes_after: size of the weights, in bytes.
+        peak_bytes: expected peak memory of quantization, in bytes.
+    """
+
+    model_type: str
+    family: str
+    plugin: str
+    dist: str
+    version: str
+    config: QuantConfig
+    policies: tuple[ComponentPolicy, ...]
+    blocks: tuple[BlockPlan, ...]
+    outside: tuple[LinearPlan, ...]
+    bytes_before: int
+    bytes_after: int
+    peak_bytes: int
+    stacks: tuple[LayerStack, ...] = field(default=())
+
+    @property
+    def linears(self) -> tuple[LinearPlan, ...]:
+        return tuple(linear for block in self.blocks for linear in block.linears) + self.outside
+
+    @property
+    def coverage(self) -> float:
+        """Share of block parameters (of the quantized components) that will be 4-bit."""
+        blocks = [block for block in self.blocks if block.quantized]
+        total = sum(block.parameters for block in blocks)
+        done = sum(linear.in_features * linear.out_features for block in blocks for linear in block.quantized)
+        return done / total if total else 0.0
+
+    def kept_prefixes(self) -> list[str]:
+        """Full module prefixes for `modules_to_not_convert`: whole kept blocks' parents, else single linears.
+
+        Engines look for them anywhere in a name, without regard for dots, so "layers.1" would also keep layers 10 to
+        19: a prefix that occurs in the name of a quantized linear is made longer.
+        """
+        quantized = "\n".join(linear.name for linear in self.linears if linear.quantize)
+        prefixes: dict[str, None] = {}
+        for linear in self.linears:
+            if not linear.quantize:
+                parts = linear.name.split(".")
+                candidates = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+                prefixes[next((prefix for prefix in candidates if prefix not in quantized), linear.name)] = None
+        return list(prefixes)
+
+    def to_dict(self) -> dict[str, Any]:
+        result = asdict(self)
+        result["config"] = self.config.to_dict()
+        result["coverage"] = round(self.coverage, 4)
+        return result
+
+
+def make_plan(
+    model: nn.Module,
+    owner: Owner,
+    manager: PluginManager,
+    config: QuantConfig,
+    *,
+    calibration_tokens: int = 128 * 512,
+    itemsize: int = 2,
+) -> Plan:
+    """Decide every weight's fate on a skeleton (after `awq_prepare_model`).
+
+    Args:
+        model: the skeleton; only names and shapes are read.
+        calibration_tokens: for the memory estimate.
+        itemsize: bytes of one stored weight.
+
+    Raises:
+        PlanError: a declared path that matches nothing, two groups that claim one tensor.
+        ConfigError: a component the model does not have.
+    """
+    stacks = tuple(manager.layer_stacks(owner, model))
+    policies = _policies(owner, manager, model, stacks, config)
+    blocks: list[BlockPlan] = []
+    for stack in stacks:
+        policy = policies[stack.component]
+        for path, block, index in stack_blocks(model, stack):
+            groups = manager_groups(manager, owner, model, stack, block, index)
+            blocks.append(_plan_block(stack.component, path, block, groups, policy, config))
+    inside = tuple(block.path + "." for block in blocks)
+    outside = tuple(
+        _linear(name, module, reason="outside every stack: output heads and small projections stay as they are")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not (name + ".").startswith(inside)
+    )
+    before = sum(parameter.numel() for parameter in model.parameters()) * itemsize
+    saved = sum(_saved_bytes(linear, itemsize) for block in blocks for linear in block.quantized)
+    return Plan(
+        model_type=getattr(model.config, "model_type", ""),
+        family=owner.arch.family,
+        plugin=owner.plugin,
+        dist=owner.dist,
+        version=owner.version,
+        config=config,
+        policies=tuple(policies.values()),
+        blocks=tuple(blocks),
+        outside=outside,
+        bytes_before=before,
+        bytes_after=before - saved,
+        peak_bytes=_peak_bytes(blocks, calibration_tokens if config.needs_calibration else 0, itemsize),
+        stacks=stacks,
+    )
+
+
+def stack_blocks(model: nn.Module, stack: LayerStack) -> list[tuple[str, nn.Module, int]]:
+    """(path, module, index) of each block of a stack."""
+    try:
+        module = model.get_submodule(stack.blocks)
+    except AttributeError as error:
+        lists = [name for name, child in model.named_modules() if isinstance(child, nn.ModuleList)]
+        raise PlanError(
+            f"stack {stack.component!r}: the model has no module {stack.blocks!r}",
+            hint=f"its lists of modules: {', '.join(lists[:8])}",
+        ) from error
+    if isinstance(module, nn.ModuleList):
+        return [(f"{stack.blocks}.{index}", block, index) for index, block in enumerate(module)]
+    return [(stack.blocks, module, 0)]
+
+
+def groups_owner(manager: PluginManager, owner: Owner, model: nn.Module, stack: LayerStack) -> Owner:
+    """The owner of a stack's scale groups: the text model's plugin where `groups_from` says so."""
+    if stack.groups_from is None:
+        return owner
+    config = getattr(model.config, stack.groups_from, None)
+    if config is None:
+        raise PlanError(f"stack {stack.component!r}: the configuration has no {stack.groups_from!r}")
+    return manager.owner(_TextClaim(config.model_type), None)
+
+
+class _TextClaim:
+    """A sub-config's claim: only its model type counts, since `architectures` names the whole model."""
+
+    def __init__(self, model_type: str) -> None:
+        self.model_type = model_type
+        self.architectures: list[str] = []
+
+
+def manager_groups(
+    manager: PluginManager, owner: Owner, model: nn.Module, stack: LayerStack, block: nn.Module, index: int
+) -> Sequence[ScaleGroup]:
+    """The declared scale groups of one block."""
+    return manager.scale_groups(groups_owner(manager, owner, model, stack), stack, block, index)
+
+
+def _policies(
+    owner: Owner, manager: PluginManager, model: nn.Module, stacks: tuple[LayerStack, ...], config: QuantConfig
+) -> dict[str, ComponentPolicy]:
+    declared = {policy.component: policy for policy in manager.component_policies(owner, model.config)}
+    names = dict.fromkeys(stack.component for stack in stacks)
+    for component in config.components:
+        if component not in names:
+            raise ConfigError(f"the model has no component {component!r}", hint=f"it has: {', '.join(names)}")
+    policies: dict[str, ComponentPolicy] = {}
+    for name in names:
+        choice = config.components.get(name)
+        if choice is None:
+            policies[name] = declared.get(name) or ComponentPolicy(
+                component=name, action="keep", reason="no policy declared"
+            )
+            _require_one_format(policies[name], owner, config)
+        else:
+            action = "keep" if choice == "keep" else "quantize"
+            policies[name] = ComponentPolicy(component=name, action=action, reason="asked for")  # type: ignore[arg-type]
+    return policies
+
+
+def _require_one_format(policy: ComponentPolicy, owner: Owner, config: QuantConfig) -> None:
+    """An AWQ checkpoint says one width and one group size for all of its linears."""
+    for name, wanted, given in (
+        ("bits", policy.bits, config.bits),
+        ("group_size", policy.group_size, config.group_size),
+    ):
+        if policy.action == "quantize" and wanted not in (None, given):
+            raise PlanError(
+                f"{owner.label} wants {name}={wanted} for component {policy.component!r}, the checkpoint has {given}",
+                hint=f"--component {policy.component}=4bit or {policy.component}=keep",
+            )
+
+
+def _plan_block(
+    component: str,
+    path: str,
+    block: nn.Module,
+    declared: Sequence[ScaleGroup],
+    policy: ComponentPolicy,
+    config: QuantConfig,
+) -> BlockPlan:
+    parameters = sum(parameter.numel() for parameter in block.parameters())
+    modules = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    if policy.action == "keep":
+        reason = f"{component}: {policy.reason or 'kept by policy'}"
+        kept = tuple(_linear(f"{path}.{name}" if name else path, module, reason) for name, module in modules.items())
+        return BlockPlan(component, path, kept, parameters=parameters)
+    groups, skipped = resolve_groups(block, declared, where=path)
+    compensated = {name for group in declared for pattern in group.compensate for name in expand(pattern, modules)}
+    unclipped = {name for group in declared for pattern in group.no_clip for name in expand(pattern, modules)}
+    group_size = policy.group_size or config.group_size
+    full = {name: f"{path}.{name}" if name else path for name in modules}  # a block may be one linear
+    reasons = {
+        name: _asked(full[name], config)
+        or ("reads a scaled tensor but is never quantized" if name in compensated else _shape_reason(m, group_size))
+        for name, m in modules.items()
+    }
+    for together in (*(group.layers for group in groups), *(skip.layers for skip in skipped)):
+        odd = next((name for name in together if reasons[name]), None)
+        if odd is not None:
+            for name in together:
+                reasons[name] = reasons[name] or f"kept together with {odd}"
+    linears = tuple(
+        _linear(full[name], module, reasons[name], group_size, clip=name not in unclipped)
+        for name, module in modules.items()
+    )
+    active = tuple(group for group in groups if not reasons[group.layers[0]])
+    skipped += tuple(Skip(group.prev, "its readers are kept") for group in groups if reasons[group.layers[0]])
+    return BlockPlan(component, path, linears, active, skipped, parameters)
+
+
+def _asked(name: str, config: QuantConfig) -> str:
+    pattern = next((p for p in config.modules_to_not_convert if p in name), "")
+    return f"asked for: modules_to_not_convert has {pattern!r}" if pattern else ""
+
+
+def _shape_reason(module: nn.Linear, group_size: int) -> str:
+    if group_size != -1 and module.in_features % group_size:
+        return f"group size {group_size} does not divide its {module.in_features} inputs"
+    if module.out_features % 8:
+        return f"{module.out_features} outputs are not a multiple of 8"
+    return ""
+
+
+def _linear(name: str, module: nn.Linear, reason: str, group_size: int = 0, *, clip: bool = True) -> LinearPlan:
+    size = (module.in_features if group_size == -1 else group_size) if not reason else 0
+    return LinearPlan(
+        name, module.in_features, module.out_features, module.bias is not None, not reason, size, clip, reason
+    )
+
+
+def _saved_bytes(linear: LinearPlan, itemsize: int) -> int:
+    groups = linear.in_features // linear.group_size
+    packed = linear.in_features * linear.out_features // 2 + groups * linear.out_features * (2 + 0.5)
+    return int(linear.in_features * linear.out_features * itemsize - packed)
+
+
+def _peak_bytes(blocks: list[BlockPlan], tokens: int, itemsize: int) -> int:
+    """Twice the largest block, the activations between blocks, three of the largest Gram matrix, and a gigabyte."""
+    worked = [block for block in blocks if block.quantized]
+    if not worked:
+        return GIB
+    block = max(block.parameters for block in worked) * itemsize
+    hidden = max(linear.in_features for linear in worked[0].quantized[:1])
+    gram = max(linear.in_features for block_ in worked for linear in block_.quantized) ** 2 * 4 if tokens else 0
+    return 2 * block + tokens * hidden * itemsize + 3 * gram + GIB

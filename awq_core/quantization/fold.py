@@ -1,0 +1,58 @@
+"""Folding a scale: multiply the readers' columns by s, divide what writes their input by s. The function stays.
+
+A norm is stored in a short dtype, so dividing its weight rounds it. The scale that was *really* applied is
+
+    s_eff = (offset + w) / (offset + w_rounded)
+
+and the readers are multiplied by that one, which makes the fold exact in spite of the rounding. A linear that is
+quantized afterwards is not rounded in between: its row factor is carried along until its codes are chosen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from awq_core.scale_groups import GroupPlan
+
+
+def fold_norm(norm: Any, scale: torch.Tensor, offset: float) -> torch.Tensor:
+    """Divide a norm's output by `scale` (`[in]`) in place; returns the effective scale, fp32 `[in]`."""
+    weight = norm.weight.data
+    old = weight.float() + offset
+    weight.copy_((old / scale - offset).to(weight.dtype))
+    new = weight.float() + offset
+    usable = (old != 0) & (new != 0)
+    effective = torch.where(usable, old / torch.where(usable, new, torch.ones_like(new)), scale)
+    bias = getattr(norm, "bias", None)
+    if bias is not None:
+        bias.data.copy_((bias.data.float() / effective).to(bias.dtype))
+    return effective
+
+
+def fold_rows(bias: torch.Tensor | None, rows: int, scale: torch.Tensor) -> torch.Tensor:
+    """Row divisors of a linear whose last len(scale) of `rows` outputs are divided by `scale`; divides its bias too."""
+    divisor = torch.ones(rows, device=scale.device)
+    divisor[rows - scale.numel() :] = scale
+    if bias is not None:
+        bias.data.copy_((bias.data.float() / divisor).to(bias.dtype))
+    return divisor
+
+
+def apply_to_block(block: nn.Module, group: GroupPlan, scale: torch.Tensor, *, fold_previous: bool = True) -> None:
+    """Fold `scale` into a block's own weights in place, in their dtype. Used where nothing is quantized: the proof.
+
+    Args:
+        fold_previous: False leaves out the division, which must change the function: the proof's negative control.
+    """
+    if fold_previous:
+        previous = block.get_submodule(group.prev)
+        if isinstance(previous, nn.Linear):
+            divisor = fold_rows(previous.bias, previous.out_features, scale)
+            previous.weight.data.div_(divisor[:, None])
+        else:
+            scale = fold_norm(previous, scale, group.norm_offset)
+    for name in (*group.layers, *group.compensate):
+        block.get_parameter(f"{name}.weight").data.mul_(scale)

@@ -1,0 +1,129 @@
+"""AWQ's scale search, on Gram statistics.
+
+A few input channels carry large activations; their weights matter most. Multiplying those weight columns by s > 1
+before rounding (and the activations by 1/s, folded into the operation before) gives them a finer share of the grid:
+
+    loss(s) = tr(D H Dᵀ) / out,        D = Q(W·diag(s))·diag(1/s) − W            (AWQ, arXiv 2306.00978, eq. 4)
+
+Candidates follow AWQ and its duo-scaling variant on a grid of α, normalised so that √(max s · min s) = 1:
+
+    s = E|x|^α        and        s = E|x|^α / w̄^(1−α),     w̄_j = mean over rows of |w_j| / max|w| in its group
+
+and the identity is always one, so a group never ends worse than round-to-nearest on this loss. The losses of a
+group's linears are divided by their output energy tr(W H Wᵀ) before they are added: without that, the linear with
+the largest outputs decides for all. Candidates are screened on every eighth row and the best rescored on all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from awq_core.calibration.statistics import Statistics, output_loss
+from awq_core.quantization.rounding import grouped, round_trip
+
+GRID = 20
+RESCORED = 4
+SCREEN_EVERY = 8
+SCREEN_MIN_ROWS = 256
+# Rows scored at once: bounds the copies of a large group, and keeps them in cache.
+CHUNK_ELEMENTS = 1 << 21
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleResult:
+    """The scales of one group.
+
+    Attributes:
+        scale: s, `[in]` fp32; ones where nothing beat the identity.
+        alpha: exponent of the winner; 0.0 for the identity.
+        family: "identity", "activation" or "duo".
+        loss: energy-normalised loss of the winner, summed over the linears.
+        loss_identity: the same for s = 1, that is, round-to-nearest.
+    """
+
+    scale: torch.Tensor
+    alpha: float
+    family: str
+    loss: float
+    loss_identity: float
+
+
+def search(
+    weights: Sequence[torch.Tensor], statistics: Statistics, group_size: int, step_dtype: torch.dtype
+) -> ScaleResult:
+    """Best scales for linears that read one tensor.
+
+    Args:
+        weights: fp32 `[out_i, in]` each.
+        statistics: of the shared input.
+        group_size: of the quantizer.
+        step_dtype: dtype scales are stored in.
+    """
+    stacked = torch.cat(list(weights))
+    row_weight = torch.cat([_row_weight(weight, statistics.gram) for weight in weights])
+    candidates = list(_candidates(stacked, statistics.mean_abs, group_size))
+
+    every = SCREEN_EVERY if stacked.shape[0] >= SCREEN_EVERY * SCREEN_MIN_ROWS else 1
+    screen = [
+        _loss(stacked[::every], row_weight[::every], scale, statistics.gram, group_size, step_dtype)
+        for _, _, scale in candidates
+    ]
+    order = sorted(range(1, len(candidates)), key=screen.__getitem__)[:RESCORED]
+    losses = {
+        index: _loss(stacked, row_weight, candidates[index][2], statistics.gram, group_size, step_dtype)
+        if every > 1
+        else screen[index]
+        for index in (0, *order)
+    }
+    best = min(losses, key=losses.__getitem__)
+    family, alpha, scale = candidates[best]
+    return ScaleResult(scale, alpha, family, losses[best], losses[0])
+
+
+def _row_weight(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """One over the linear's output energy, for each of its rows."""
+    energy = output_loss(weight, gram).sum().clamp(min=1e-20)
+    return (1.0 / energy).expand(weight.shape[0])
+
+
+def _candidates(
+    weight: torch.Tensor, mean_abs: torch.Tensor, group_size: int
+) -> Iterator[tuple[str, float, torch.Tensor]]:
+    """(family, alpha, s): the identity first, then both families over the grid."""
+    yield "identity", 0.0, torch.ones_like(mean_abs)
+    x = mean_abs.clamp(min=1e-5)
+    groups = grouped(weight.abs(), group_size)
+    w = (groups / groups.amax(-1, keepdim=True).clamp(min=1e-6)).mean(0).flatten().clamp(min=1e-4)
+    for step in range(1, GRID + 1):
+        alpha = step / GRID
+        yield "activation", alpha, _normalised(x**alpha, mean_abs)
+    for step in range(GRID):
+        alpha = step / GRID
+        yield "duo", alpha, _normalised(x**alpha / w ** (1 - alpha), mean_abs)
+
+
+def _normalised(scale: torch.Tensor, mean_abs: torch.Tensor) -> torch.Tensor:
+    """√(max·min) = 1; channels that are never active keep s = 1, so a dead channel cannot stretch the range."""
+    alive = mean_abs > 0
+    live = scale[alive] if alive.any() else scale
+    scale = scale / (live.max() * live.min()).sqrt()
+    return torch.where(alive & torch.isfinite(scale), scale.clamp(1e-4, 1e4), torch.ones_like(scale))
+
+
+def _loss(
+    weight: torch.Tensor,
+    row_weight: torch.Tensor,
+    scale: torch.Tensor,
+    gram: torch.Tensor,
+    group_size: int,
+    step_dtype: torch.dtype,
+) -> float:
+    rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
+    total = 0.0
+    for part, part_weight in zip(weight.split(rows), row_weight.split(rows), strict=True):
+        error = round_trip(part * scale, group_size, step_dtype).div_(scale).sub_(part)
+        total += float((output_loss(error, gram) * part_weight).sum())
+    return total

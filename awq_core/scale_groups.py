@@ -1,0 +1,141 @@
+"""From declared scale groups to checked ones: globs expanded, shapes compared, impossible folds set aside.
+
+A declaration that cannot be right raises; a group that merely does not apply here (grouped-query attention makes v
+narrower than o's input) is skipped with its reason.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from awq_core.errors import PlanError
+from awq_core.hooks.types import ScaleGroup
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """A scale group with its globs resolved; paths are relative to the block."""
+
+    prev: str
+    layers: tuple[str, ...]
+    compensate: tuple[str, ...]
+    observe: str
+    norm_offset: float
+    prev_rows: str
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A scale group that is not applied, and why. `layers` are its readers: they still share one fate."""
+
+    where: str
+    why: str
+    layers: tuple[str, ...] = ()
+
+
+def resolve_groups(
+    block: nn.Module, declared: Sequence[ScaleGroup], *, where: str = "block"
+) -> tuple[tuple[GroupPlan, ...], tuple[Skip, ...]]:
+    """Expand globs and check shapes of the scale groups of one block.
+
+    Raises:
+        PlanError: a path that matches nothing in a group that is not optional, a layer in two groups, one `prev` in
+            two groups, a norm or a compensated reader whose width is not that of the layers.
+    """
+    modules = dict(block.named_modules())
+    groups: list[GroupPlan] = []
+    skipped: list[Skip] = []
+    claimed: dict[str, str] = {}
+    for group in declared:
+        previous = expand(group.prev, modules)
+        observed = () if group.observe is None else (group.observe,)
+        declared_paths = (*group.layers, *group.compensate, *group.no_clip, *observed)
+        missing = [path for path in declared_paths if not expand(path, modules)]
+        if (not previous or missing) and group.optional:
+            continue
+        if not previous or missing:
+            linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+            raise PlanError(
+                f"{where}: scale group {group.prev} -> {', '.join(group.layers)}: nothing matches "
+                f"{missing[0] if missing else group.prev!r}",
+                hint=f"linears of this block: {', '.join(linears[:12])}",
+            )
+        for prev in previous:
+            layers, compensate, observe = (
+                _bind(patterns, group.prev, prev, modules) for patterns in (group.layers, group.compensate, observed)
+            )
+            if not layers or (observed and not observe):
+                absent = group.observe if layers else ", ".join(group.layers)
+                raise PlanError(f"{where}: scale group {group.prev}: for {prev} nothing matches {absent!r}")
+            for name in (*layers, *compensate, f"output of {prev}"):
+                if name in claimed:
+                    raise PlanError(f"{where}: {name} is in two scale groups: {claimed[name]} and {prev}")
+                claimed[name] = prev
+            why = _unfoldable(prev, layers, compensate, modules, group, where)
+            if why:
+                skipped.append(Skip(f"{prev} -> {', '.join(layers)}", why, layers))
+                continue
+            groups.append(
+                GroupPlan(prev, layers, compensate, (*observe, *layers)[0], group.norm_offset, group.prev_rows)
+            )
+    return tuple(groups), tuple(skipped)
+
+
+def expand(pattern: str, modules: dict[str, Any]) -> list[str]:
+    """Names that match `pattern`, in which `*` stands for one path segment."""
+    if "*" not in pattern:
+        return [pattern] if pattern in modules else []
+    regex = re.compile(fnmatch.translate(pattern).replace(".*", r"[^.]*"))
+    return [name for name in modules if regex.fullmatch(name)]
+
+
+def _bind(patterns: tuple[str, ...], glob: str, prev: str, modules: dict[str, Any]) -> tuple[str, ...]:
+    """Expand `patterns`; where `prev` came from a glob, its stars are filled with the same segments."""
+    stars = re.fullmatch(re.escape(glob).replace(r"\*", r"([^.]*)"), prev)
+    segments = list(stars.groups()) if stars else []
+    names: list[str] = []
+    for pattern in patterns:
+        for segment in segments:
+            pattern = pattern.replace("*", segment, 1)
+        names += expand(pattern, modules)
+    return tuple(names)
+
+
+def _unfoldable(
+    prev: str,
+    layers: tuple[str, ...],
+    compensate: tuple[str, ...],
+    modules: dict[str, nn.Module],
+    group: ScaleGroup,
+    where: str,
+) -> str:
+    """Why 1/s cannot be folded into `prev`, or nothing. Raises PlanError where the declaration must be wrong."""
+    for name in layers:
+        if not isinstance(modules[name], nn.Linear):
+            raise PlanError(f"{where}.{name} is not a linear", hint="awq_prepare_model can turn it into one")
+    widths: set[int] = {modules[name].in_features for name in layers}  # type: ignore[misc]
+    if len(widths) != 1:
+        raise PlanError(f"{where}: the readers of {prev} have unequal inputs {sorted(widths)}")
+    width = widths.pop()
+    for name in compensate:
+        shape = tuple(getattr(getattr(modules[name], "weight", None), "shape", ()))
+        if shape[-1:] != (width,):
+            raise PlanError(f"{where}: {name} is compensated, its weight {shape} does not take {width} inputs")
+    module = modules[prev]
+    if isinstance(module, nn.Linear):
+        rows = module.out_features
+        if rows == width or (group.prev_rows == "last" and rows > width):
+            return ""
+        return f"{prev} writes {rows} channels, its reader takes {width} (grouped-query attention shares value heads)"
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        return f"{prev} has no weight to fold into: the format holds no activation scales"
+    if weight.ndim != 1 or weight.numel() != width:
+        raise PlanError(f"{where}: norm {prev} has shape {tuple(weight.shape)}, its readers take {width}")
+    return ""

@@ -1,0 +1,210 @@
+"""A model without its weights: the configuration, and the module tree on the meta device.
+
+Everything the planner asks (paths, shapes, which linears exist) is answered by this skeleton, so a 70 B model is
+planned in seconds from `config.json` alone. Parameters live on the meta device; buffers (rotary tables, masks) are
+real, because checkpoints do not store them and nothing would fill them later.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from awq_core.errors import CheckpointError, ConfigError, PluginError
+from awq_core.hooks.manager import Owner, PluginManager
+
+
+class Claim:
+    """The two fields of a raw config.json that ownership is decided by."""
+
+    def __init__(self, raw: dict[str, Any]) -> None:
+        self.model_type = raw.get("model_type", "")
+        self.architectures = raw.get("architectures") or []
+
+
+def resolve(model: str | os.PathLike[str], *, weights: bool = True) -> Path:
+    """The local folder of `model`: itself if it is one, else a snapshot of that name from the Hugging Face hub.
+
+    Args:
+        model: local folder or hub name ("org/name").
+        weights: False fetches the JSON files only, which is all a plan needs.
+
+    Raises:
+        CheckpointError: neither a folder nor a name the hub (or the local cache) has.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    text = str(model)
+    if path.is_absolute() or text.startswith(".") or text.count("/") > 1 or path.exists():
+        raise CheckpointError(f"{text}: no such model folder", hint="give a folder with config.json, or a hub name")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{text}: not a folder, and the hub did not answer: {reason}", hint="check the path or the network"
+        ) from error
+
+
+def raw_config(folder: Path) -> dict[str, Any]:
+    """`config.json` as it is written.
+
+    Raises:
+        CheckpointError: missing or not JSON.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: no config.json", hint="is this a transformers model folder?") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}", hint="download the file again") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: not a JSON object", hint="download the file again")
+    return raw
+
+
+def open_config(
+    folder: Path, manager: PluginManager, *, plugin: str | None = None, trust_remote_code: bool = False
+) -> tuple[PretrainedConfig, Owner]:
+    """The typed configuration and the plugin that owns the model; imports the plugin's `auto_module` first.
+
+    Raises:
+        UnsupportedModelError, PluginConflictError: see `PluginManager.owner`.
+        ConfigError: the model needs its own code and `trust_remote_code` was not given.
+        PluginError: the plugin's `auto_module` cannot be imported.
+    """
+    raw = raw_config(folder)
+    owner = manager.owner(Claim(raw), plugin)
+    import_auto_module(owner)
+    return load_config(folder, trust_remote_code=trust_remote_code), owner
+
+
+def import_auto_module(owner: Owner) -> None:
+    """Import the module by which a plugin registers its own configuration and model class, where it names one.
+
+    Raises:
+        PluginError: the import fails.
+    """
+    name = owner.arch.auto_module
+    try:
+        if name:
+            importlib.import_module(name)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise PluginError(
+            f"{owner.label}: auto_module {name} cannot be imported: {type(error).__name__}: {reason}",
+            hint="AWQ_DEBUG=1 shows the traceback",
+        ) from error
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """`AutoConfig` for a local folder, with remote code off unless asked for."""
+    raw = raw_config(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        if raw.get("auto_map") and not trust_remote_code:
+            raise ConfigError(
+                f"{folder}: this model brings its own Python code",
+                hint="read it, then pass trust_remote_code=True (--trust-remote-code)",
+            ) from error
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{folder}/config.json: {line}", hint="does transformers know this model_type?"
+        ) from error
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """The class to build: the one `config.architectures` names, else what the Auto classes say."""
+    import transformers
+
+    for name in config.architectures or []:
+        cls = getattr(transformers, name, None)
+        if cls is not None and not getattr(config, "auto_map", None):
+            return cls
+    if type(config) in AutoModelForCausalLM._model_mapping or getattr(config, "auto_map", None):
+        return AutoModelForCausalLM
+    return transformers.AutoModelForImageTextToText
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Every parameter registered inside becomes a meta tensor at once; buffers stay real."""
+    original: Any = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        original(module, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def build_skeleton(
+    config: PretrainedConfig, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model's module tree in `dtype`, in eval mode, parameters on meta, buffers real. `config` is not changed."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    cls = model_class(config)
+    build = getattr(cls, "_from_config", None)
+    with no_init_weights(), _parameters_on_meta():
+        if build is not None:
+            model = build(config, dtype=dtype)
+        else:
+            model = cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+def set_parameter(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Replace the parameter or buffer `name` (a dotted path below `module`) by `tensor`, without copying."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def checkpoint_names(model: PreTrainedModel, on_disk: tuple[str, ...]) -> dict[str, str]:
+    """Name in the model -> name on disk, for every stored tensor the model has a place for.
+
+    transformers renames some checkpoints while loading (a prefix added, a block renamed); its own rules are applied
+    here, except those that merge tensors: after `awq_prepare_model` the model has the unmerged ones.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    state = model.state_dict()
+    names: dict[str, str] = {}
+    for name in on_disk:
+        renamed, _ = rename_source_key(name, renamings, [], model.base_model_prefix, state)
+        target = name if name in state and renamed not in state else renamed
+        if target in state:
+            names.setdefault(target, name)
+    return names

@@ -1,0 +1,22 @@
+"""The conformance kit: what a plugin author inherits to prove a plugin right.
+
+from awq_core.testing import ArchitectureConformance
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["ArchitectureConformance", "save_tiny", "tiny_tokenizer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ArchitectureConformance":
+        from awq_core.testing.conformance import ArchitectureConformance
+
+        return ArchitectureConformance
+    if name in ("save_tiny", "tiny_tokenizer"):
+        from awq_core.testing import tiny
+
+        return getattr(tiny, name)
+    raise AttributeError(name)

@@ -1,0 +1,156 @@
+"""Qwen 2 and 3: dense, mixtures (also with dense layers in between), vision-language."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen2VLConfig,
+    Qwen2VLImageProcessorPil,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3VLConfig,
+)
+
+from awq_core import api
+from awq_core.calibration.trace import record
+from awq_core.config import QuantConfig
+from awq_core.runtime.load import load
+from awq_core.testing import ArchitectureConformance, save_tiny, tiny_tokenizer
+from awq_core.testing.tiny import tiny_weights
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+MOE = {**TINY, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+# Ids of the placeholders in the kit's tiny tokenizer.
+IMAGES = {"image_token_id": 3, "vision_start_token_id": 4, "vision_end_token_id": 5, "video_token_id": 6}
+
+
+def qwen2_vl(**options):
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+    return Qwen2VLConfig(text_config={**TINY, "rope_parameters": MROPE}, vision_config=vision, **IMAGES, **options)
+
+
+def qwen2_5_vl(**options):
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "out_hidden_size": 64,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "patch_size": 4,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
+    return Qwen2_5_VLConfig(text_config={**TINY, "rope_parameters": MROPE}, vision_config=vision, **IMAGES, **options)
+
+
+def qwen3_vl(**options):
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "out_hidden_size": 64,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "patch_size": 4,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    text = {**TINY, "head_dim": 16, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
+    return Qwen3VLConfig(text_config=text, vision_config=vision, **IMAGES, **options)
+
+
+class TestQwen(ArchitectureConformance):
+    plugin = "awq_plugin_qwen"
+
+    @staticmethod
+    def configs():
+        return {
+            "qwen2": Qwen2Config(**TINY),
+            "qwen2-multi-head-tied": Qwen2Config(**{**TINY, "num_key_value_heads": 4}, tie_word_embeddings=True),
+            "qwen3": Qwen3Config(**TINY, head_dim=16),
+            "qwen2_moe": Qwen2MoeConfig(**MOE, shared_expert_intermediate_size=64),
+            "qwen2_moe-mixed": Qwen2MoeConfig(**MOE, shared_expert_intermediate_size=64, mlp_only_layers=[0]),
+            "qwen3_moe": Qwen3MoeConfig(**MOE, head_dim=16),
+            "qwen3_moe-sparse-step": Qwen3MoeConfig(**MOE, head_dim=16, decoder_sparse_step=2),
+            "qwen2_vl": qwen2_vl(),
+            "qwen2_5_vl": qwen2_5_vl(),
+            "qwen3_vl": qwen3_vl(),
+        }
+
+
+class Processor:
+    """Qwen's image preprocessing and placeholder expansion. transformers' own processor class also wants torchvision,
+    for videos, and cannot be built without it."""
+
+    def __init__(self):
+        self.tokenizer = tiny_tokenizer()
+        self.images = Qwen2VLImageProcessorPil(
+            patch_size=4, temporal_patch_size=2, merge_size=2, size={"shortest_edge": 64, "longest_edge": 1024}
+        )
+
+    def __call__(self, text, images, return_tensors):
+        pixels = self.images(images, return_tensors=return_tensors)
+        merged = [int(grid.prod()) // 4 for grid in pixels["image_grid_thw"]]
+        for tokens in merged:
+            text = [text[0].replace("<|image_pad|>", "<placeholder>" * tokens, 1)]
+        tokens = self.tokenizer([text[0].replace("<placeholder>", "<|image_pad|>")], return_tensors=return_tensors)
+        kinds = (tokens["input_ids"] == IMAGES["image_token_id"]).int()
+        return {"input_ids": tokens["input_ids"], "mm_token_type_ids": kinds, **pixels}
+
+
+def picture(seed):
+    """Noise, 16 x 24 pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray((torch.rand(16, 24, 3, generator=generator) * 255).byte().numpy())
+
+
+@pytest.mark.parametrize("config", [qwen2_vl, qwen2_5_vl, qwen3_vl])
+def test_calibration_with_images(config, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_tiny(config(), source)
+    samples = [{"text": f"number {seed}", "images": [picture(seed)]} for seed in range(3)]
+    settings = QuantConfig(group_size=32, components={"vision": "4bit"})
+    result = api.quantize(source, out, config=settings, calibration=samples, tokenizer=Processor(), samples=3)
+    vision = [report for report in result.reports if ".visual." in report.name]
+    language = [report for report in result.reports if ".language_model." in report.name]
+    assert vision and len(language) == 14
+    assert all(report.tokens == 3 * 24 for report in vision)  # 4 x 6 patches of 4 x 4 pixels each
+    assert all(report.tokens == result.calibration.tokens for report in language)
+
+    batch = Processor()(["<|vision_start|><|image_pad|><|vision_end|>hi"], samples[0]["images"], "pt")
+    with torch.no_grad():
+        got, want = load(out)(**batch).logits, load(out, fake_quant=True)(**batch).logits
+    assert float((got - want).norm() / want.norm()) < 1e-4
+    made = load(out).generate(**batch, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert made.shape[1] > batch["input_ids"].shape[1]
+
+
+def test_features_added_between_blocks_reach_calibration(tmp_path):
+    """Qwen3-VL adds image features after its first blocks. The recorded inputs must equal those of a real pass."""
+    model = tiny_weights(qwen3_vl())
+    batch = Processor()(["<|vision_start|><|image_pad|><|vision_end|>hello"], [picture(0)], "pt")
+    blocks = list(model.get_submodule("model.language_model.layers"))
+    seen = []
+    handles = [block.register_forward_pre_hook(lambda module, args: seen.append(args[0])) for block in blocks]
+    with torch.no_grad():
+        model(**batch)
+        for handle in handles:
+            handle.remove()
+        inputs = record(model, blocks, [batch])
+        assert inputs.calls[1][0].between is not None
+        torch.testing.assert_close(inputs.hidden[0], seen[0])
+        inputs.advance(0, blocks[0])
+        torch.testing.assert_close(inputs.hidden[0], seen[1])

@@ -1,0 +1,119 @@
+"""`awq quantize`: options become the right configuration, events come as lines or JSON, failures leave nothing."""
+
+import json
+
+import pytest
+
+from awq_core.checkpoint.format import read_quantization_config
+from awq_core.cli.options import make_config
+
+DEFAULTS = {
+    "group_size": 128,
+    "bits": 4,
+    "rounding": "nearest",
+    "no_scale": False,
+    "clip": None,
+    "no_clip": False,
+    "components": (),
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "scale", "clip"),
+    [
+        ({}, True, "asymmetric"),
+        ({"no_clip": True}, True, "none"),
+        ({"clip": "none"}, True, "none"),
+        ({"no_scale": True}, False, "none"),
+        ({"no_scale": True, "clip": "asymmetric"}, False, "asymmetric"),
+        ({"no_scale": True, "no_clip": True}, False, "none"),
+    ],
+)
+def test_steps(options, scale, clip):
+    config = make_config(**{**DEFAULTS, **options})
+    assert (config.scale, config.clip) == (scale, clip)
+
+
+def test_components_and_seed():
+    config = make_config(**{**DEFAULTS, "components": (("vision", "keep"), ("vision", "keep"))}, seed=5)
+    assert config.components == {"vision": "keep"} and config.seed == 5
+
+
+def test_round_to_nearest_needs_no_calibration(awq, llama_source, tmp_path):
+    options = ["--group-size", 32, "--rounding", "nearest", "--no-scale", "--json"]
+    lines = [
+        json.loads(line)
+        for line in awq("quantize", llama_source, "--out", tmp_path / "q", *options).stdout.splitlines()
+    ]
+    assert [line["event"] for line in lines] == ["phase", "block", "block", "done"]
+    assert [(line["done"], line["total"], line["path"]) for line in lines[1:3]] == [
+        (1, 2, "model.layers.0"),
+        (2, 2, "model.layers.1"),
+    ]
+    done = lines[-1]
+    assert done["calibration"] is None and done["loss"] is None
+    assert (done["quantized"], done["kept"], done["family"]) == (14, 1, "tiny")
+    assert done["bytes_after"] == (tmp_path / "q" / "model.safetensors").stat().st_size < done["bytes_before"]
+    raw = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert read_quantization_config(raw).group_size == 32
+
+
+def test_calibrated_run_in_lines(awq, llama_source, corpus_file, tmp_path):
+    out = tmp_path / "q"
+    options = ["--group-size", 32, "--calib", corpus_file, "--samples", 2, "--seq-len", 64]
+    result = awq("quantize", llama_source, "--out", out, *options)
+    start = next(index for index, line in enumerate(result.errors) if "scale groups proved" in line)
+    calibration, before, after = result.errors[start + 1 : start + 4]
+    assert calibration == "calibration: 2 samples, 128 tokens from corpus.txt"
+    assert before.startswith("block 1/2  model.layers.0  ") and " left  error " in before and before.endswith("%)")
+    assert after.startswith("block 2/2  model.layers.1  ") and " left" not in after
+    where, error = result.stdout.splitlines()
+    assert where.startswith(f"{out}: ") and " -> " in where
+    assert error.startswith("output error ") and "of round-to-nearest's" in error
+    assert f"next: awq generate {out} --prompt 'Once upon a time'" in result.errors
+    assert f"      awq eval {out} --against {llama_source}" in result.errors
+    assert (out / "config.json").is_file()
+
+
+def test_clip_without_scales_calibrates(awq, llama_source, corpus_file, tmp_path):
+    options = ["--group-size", 32, "--no-scale", "--clip", "asymmetric", "--calib", corpus_file]
+    options += ["--samples", 2, "--seq-len", 64, "--json"]
+    done = json.loads(awq("quantize", llama_source, "--out", tmp_path / "q", *options).stdout.splitlines()[-1])
+    assert done["config"]["scale"] is False and done["config"]["clip"] == "asymmetric"
+    assert done["calibration"] == {"source": "corpus.txt", "samples": 2, "tokens": 128}
+    assert 0 < done["loss"] <= done["loss_rtn"]
+
+
+def test_fewer_samples_than_asked_for_is_said(awq, llama_source, corpus_file, tmp_path):
+    options = ["--group-size", 32, "--no-clip", "--calib", corpus_file, "--samples", 100, "--seq-len", 128]
+    errors = awq("quantize", llama_source, "--out", tmp_path / "q", *options).errors
+    assert any(line.startswith("note: ") and "of the 100 samples asked for" in line for line in errors)
+
+
+def test_calibration_that_is_not_read_is_said(awq, llama_source, tmp_path):
+    options = ["--group-size", 32, "--no-scale", "--calib", tmp_path / "not-there.txt"]
+    errors = awq("quantize", llama_source, "--out", tmp_path / "q", *options).errors
+    assert "round-to-nearest needs no calibration: --calib is not read" in errors
+
+
+def test_the_last_json_line_of_a_failed_run_is_the_error(awq, llama_source, tmp_path):
+    options = ["--group-size", 32, "--calib", tmp_path / "none.txt", "--json"]
+    result = awq("quantize", llama_source, "--out", tmp_path / "q", *options, code=1)
+    phase, error = (json.loads(line) for line in result.stdout.splitlines())
+    assert phase["event"] == "phase"
+    assert error["exit_code"] == 1 and "none.txt" in error["error"] and error["hint"]
+    assert not (tmp_path / "q").exists()
+
+
+def test_failures(awq, llama_source, quantized, tmp_path, plugins):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    assert "is not empty" in awq("quantize", llama_source, "--out", tmp_path / "full", code=1).errors[-1]
+    assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
+    assert "already quantized" in awq("quantize", quantized, "--out", tmp_path / "q", code=1).errors[-1]
+    assert "--out" in awq("quantize", llama_source, code=2).stderr
+    device = ["--out", tmp_path / "q", "--device", "abacus"]
+    assert "abacus" in awq("quantize", llama_source, *device, code=2).errors[-1]
+    plugins()
+    assert awq("quantize", llama_source, "--out", tmp_path / "q", code=3).errors
+    assert not (tmp_path / "q").exists()
