@@ -6,6 +6,8 @@ STAMP := .venv/.installed
 PLUGGY_OLD := .cache/pluggy-1.6
 P ?= llama
 export TOKENIZERS_PARALLELISM := false
+# Threads that spin while they wait starve each other on a busy machine.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format test-plugin test-isolated bench clean

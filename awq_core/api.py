@@ -78,6 +78,7 @@ def plan(
     """
     manager = manager or default_manager()
     folder = resolve(model, weights=False)
+    _refuse_quantized(folder, raw_config(folder))
     typed, owner = open_config(folder, manager, plugin=plugin, trust_remote_code=trust_remote_code)
     skeleton = build_skeleton(typed, trust_remote_code=trust_remote_code)
     manager.prepare_model(owner, skeleton)
@@ -126,8 +127,7 @@ def quantize(
     say = progress or (lambda event: None)
     folder = resolve(model)
     raw = raw_config(folder)
-    if method := already_quantized(raw):
-        raise CheckpointError(f"{folder}: already quantized ({method})", hint="start from the original model")
+    _refuse_quantized(folder, raw)
     typed, owner = open_config(folder, manager, plugin=plugin, trust_remote_code=trust_remote_code)
     target = pick_device(device)
     with CheckpointWriter(Path(out)) as writer, CheckpointReader(folder) as reader:
@@ -167,6 +167,11 @@ def quantize(
         files["README.md"] = model_card(str(model), decided, proof, reports, data)
         writer.finish(files)
     return QuantizeResult(Path(out), decided, proof, reports, data, seconds)
+
+
+def _refuse_quantized(folder: Path, raw: dict[str, Any]) -> None:
+    if method := already_quantized(raw):
+        raise CheckpointError(f"{folder}: already quantized ({method})", hint="start from the original model")
 
 
 def _json(value: Any) -> str:

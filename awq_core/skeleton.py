@@ -11,6 +11,7 @@ import copy
 import importlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,21 +144,26 @@ def model_class(config: PretrainedConfig) -> Any:
     return transformers.AutoModelForImageTextToText
 
 
+_BUILDING = threading.RLock()
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Every parameter registered inside becomes a meta tensor at once; buffers stay real."""
-    original: Any = nn.Module.register_parameter
+    """Every parameter this thread registers inside becomes a meta tensor at once; buffers stay real."""
+    with _BUILDING:
+        original: Any = nn.Module.register_parameter
+        builder = threading.get_ident()
 
-    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.to("meta"), requires_grad=False)
-        original(module, name, param)
+        def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+            if param is not None and param.device.type != "meta" and threading.get_ident() == builder:
+                param = nn.Parameter(param.to("meta"), requires_grad=False)
+            original(module, name, param)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+        nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
 def build_skeleton(
@@ -169,7 +175,7 @@ def build_skeleton(
         del config.quantization_config
     cls = model_class(config)
     build = getattr(cls, "_from_config", None)
-    with no_init_weights(), _parameters_on_meta():
+    with _parameters_on_meta(), no_init_weights():
         if build is not None:
             model = build(config, dtype=dtype)
         else:

@@ -3,6 +3,8 @@
 import copy
 import json
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub
 import pytest
@@ -131,6 +133,30 @@ def test_modules_built_afterwards_have_weights_again():
     broken = LlamaConfig(**{**NARROW, "hidden_act": "no such activation"})
     with pytest.raises(KeyError):
         build_skeleton(broken)
+    assert nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+def test_models_may_be_built_by_several_threads():
+    """A server loads one model while it makes another: neither sees the other's meta device."""
+    real, stop = [], threading.Event()
+
+    def others():
+        while not stop.is_set():
+            real.append(nn.Linear(2, 2).weight.device.type)
+
+    def build():
+        return build_skeleton(LlamaConfig(**NARROW))
+
+    watcher = threading.Thread(target=others)
+    watcher.start()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            made = [future.result() for future in [pool.submit(build) for _ in range(12)]]
+    finally:
+        stop.set()
+        watcher.join()
+    assert {p.device.type for model in made for p in model.parameters()} == {"meta"}
+    assert real and set(real) == {"cpu"}
     assert nn.Linear(2, 2).weight.device.type == "cpu"
 
 

@@ -58,10 +58,11 @@ class StackInputs:
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace the inputs of block `index` by those of the next block."""
         last = index + 1 == len(self.calls)
-        for batch, call in enumerate(self.calls[index]):
-            out = call.run(block, self.hidden[batch])
-            between = None if last else self.calls[index + 1][batch].between
-            self.hidden[batch] = out if between is None else out + between
+        with torch.no_grad():
+            for batch, call in enumerate(self.calls[index]):
+                out = call.run(block, self.hidden[batch])
+                between = None if last else self.calls[index + 1][batch].between
+                self.hidden[batch] = out if between is None else out + between
         self.calls[index] = []
 
 

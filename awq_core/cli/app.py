@@ -125,6 +125,8 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 no plugin or ambiguous, 4 plugin broken
 @click.version_option(__version__, prog_name="awq", message="%(prog)s %(version)s")
 def cli() -> None:
     """Activation-aware 4-bit quantization (AWQ) for every architecture, through plugins."""
-    # Read by transformers and tokenizers when they are imported; a setting made by the user stays.
+    # Read by libraries when they are imported, which no command's module does by itself; the user's own settings stay.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Threads that wait give their core away. Spinning, the default, is several times slower on a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

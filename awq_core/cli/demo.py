@@ -74,7 +74,7 @@ def demo(model: str | None, out: str, group_sizes: Sequence[int], samples: int, 
     note(f"     {plural(len(plan.blocks), 'block')}, {plural(quantized, 'linear')}, {plural(groups, 'scale group')}")
 
     _step(2, "calibration text: source of the Python standard library")
-    data = calibration(tokenizer, held_out, samples, plan_length(reference))
+    data = calibration(tokenizer, held_out, samples, sample_length(reference))
     note(f"     {plural(data.samples, 'sample')}, {data.tokens} tokens; {len(held_out)} modules are left out")
 
     _step(3, f"quantizing to 4 bits in {plural(len(recipes), 'way')}: RTN rounds to nearest, AWQ looks at the text")
@@ -92,9 +92,11 @@ def demo(model: str | None, out: str, group_sizes: Sequence[int], samples: int, 
         rows.append(measure(name, path, loaded, reference, tokenizer, text, **settings))
         note(f"     {name}")
 
-    _step(5, f"done in {duration(time.perf_counter() - started)}")
+    seconds = time.perf_counter() - started
+    _step(5, f"done in {duration(seconds)}")
     if as_json:
-        print_json({"model": folder, "held_out": held_out, "rows": [asdict(row) for row in rows]})
+        table = [asdict(row) for row in rows]
+        print_json({"model": folder, "held_out": held_out, "rows": table, "seconds": round(seconds, 1)})
         return
     show(rows)
     best = min(rows[1:], key=lambda row: row.kl_mean or 0.0)
@@ -106,7 +108,7 @@ def _step(number: int, text: str) -> None:
     note(click.style(f"{number}/5  {text}", bold=True))
 
 
-def plan_length(model: Any) -> int:
+def sample_length(model: Any) -> int:
     """Tokens a calibration sample: `SEQ_LEN`, or the model's context where that is shorter."""
     from awq_core.evaluation.perplexity import fitting_window
 

@@ -6,15 +6,14 @@ With `--json`, stdout holds data only; what was not loaded is said on stderr in 
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import click
 
+from awq_core.cli.output import print_json
 from awq_core.errors import PluginConflictError, PluginError
 from awq_core.hooks import claims, defaults
 from awq_core.hooks.loading import PluginInfo
@@ -42,7 +41,7 @@ def list_command(as_json: bool) -> None:
     """List the installed plugins, those that did not load included."""
     found = default_manager().plugins
     if as_json:
-        _print_json([asdict(info) for info in found])
+        print_json([asdict(info) for info in found])
     elif not found:
         click.echo("no plugins are installed; pip install awq-plugin-FAMILY adds one")
     else:
@@ -63,7 +62,7 @@ def show_command(name: str, as_json: bool) -> None:
     info = manager.find(name)
     owners = [owner for owner in manager.architectures if owner.plugin == info.name and info.state == "ok"]
     if as_json:
-        _print_json({"plugin": asdict(info), "architectures": [asdict(owner.arch) for owner in owners]})
+        print_json({"plugin": asdict(info), "architectures": [asdict(owner.arch) for owner in owners]})
         return
     click.echo(f"{info.label}, {info.state}{f': {info.error}' if info.error else ''}")
     if info.hooks:
@@ -92,7 +91,7 @@ def doctor_command(as_json: bool) -> None:
             {"kind": one.kind, "claim": one.claim, "plugins": sorted({owner.plugin for owner in one.owners})}
             for one in conflicts
         ]
-        _print_json(
+        print_json(
             {
                 "healthy": not unusable and not rivals,
                 "plugins": [asdict(info) for info in infos],
@@ -210,7 +209,3 @@ def _columns(rows: Sequence[Sequence[str]]) -> Iterable[str]:
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         yield "  ".join([*cells, row[-1]])[:limit]
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2))

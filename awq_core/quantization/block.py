@@ -13,6 +13,7 @@ after: `loss_rtn` is plain round-to-nearest of the original weight, `loss` is wh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -106,7 +107,7 @@ def quantize_block(
             if seen is None or seen.n == 0:
                 continue
             result = scales.search(
-                [weights.effective(name) for name in group.layers], seen, size[group.layers[0]], step_dtype
+                partial(map, weights.effective, group.layers), seen, size[group.layers[0]], step_dtype
             )
             if not torch.isfinite(result.scale).all():
                 raise NumericsError(f"{plan.path}: the scales of {group.prev} are not finite")

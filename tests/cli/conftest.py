@@ -1,6 +1,7 @@
 """The program, run in this process with one plugin that claims the tiny models, whatever is installed."""
 
 import json
+import os
 import types
 from pathlib import Path
 
@@ -43,6 +44,10 @@ def plugins(monkeypatch):
     monkeypatch.setenv("AWQ_PLUGINS", "")
     monkeypatch.delenv("AWQ_PLUGIN_PREFER", raising=False)
     monkeypatch.delenv("AWQ_DEBUG", raising=False)
+    for name in ("TOKENIZERS_PARALLELISM", "TRANSFORMERS_VERBOSITY", "OMP_WAIT_POLICY"):
+        if name not in os.environ:  # what the program sets must not outlive the test
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
 
     def install(*architectures):
         reset_default_manager()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from awq_core.cli import demo_data
+from awq_core.cli import demo, demo_data
 from awq_core.cli.demo_measure import Remembering
 from awq_core.errors import CheckpointError, OutputError
 
@@ -97,6 +98,16 @@ def test_held_out_text_is_an_equal_share_from_the_middle_of_each_module():
         source = (root / name).read_text(encoding="utf-8")
         assert text in source and len(text) == 2000
         assert source.index(text) > 1000
+
+
+def test_calibration_leaves_the_held_out_modules_out(llama_source):
+    root = Path(sysconfig.get_paths()["stdlib"])
+    all_but_one = [path.name for path in root.glob("*.py") if path.name != "textwrap.py"]
+    tokenizer = AutoTokenizer.from_pretrained(llama_source)
+    data = demo.calibration(tokenizer, all_but_one, 4, 64)
+    assert data.samples == 4
+    for window in data.batches[0]["input_ids"]:
+        assert tokenizer.decode(window) in (root / "textwrap.py").read_text(encoding="utf-8")
 
 
 def test_held_out_names_stay_inside_the_library(tmp_path):

@@ -1,0 +1,129 @@
+"""Filling a skeleton from disk, a module at a time, and emptying it again.
+
+Blocks are filled whole while they are worked. Everything around them (embeddings, rotary tables, a vision tower) is
+filled the moment it is called, so nobody has to list what a model reads before its first block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from awq_core.checkpoint.reader import CheckpointReader
+from awq_core.errors import CheckpointError
+from awq_core.skeleton import set_parameter
+
+
+class Materialiser:
+    """Puts a checkpoint's tensors into a skeleton's modules.
+
+    Args:
+        names: name in the model -> name on disk.
+        device, dtype: where and in what the tensors are put.
+
+    Attributes:
+        overrides: tensors that replace the checkpoint's: blocks that are already quantized, by name in the model.
+    """
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        model: PreTrainedModel,
+        names: dict[str, str],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.reader, self.model, self.names = reader, model, names
+        self.device, self.dtype = device, dtype
+        self.overrides: dict[str, torch.Tensor] = {}
+
+    def verify(self, blocks: Iterable[str]) -> None:
+        """Refuse, before any work, tensors of another shape or kind than the model's, and blocks that lack one.
+
+        Raises:
+            CheckpointError: naming the tensor.
+        """
+        inside = tuple(path + "." for path in blocks)
+        for name, parameter in self.model.named_parameters():
+            if name in self.names or name.startswith(inside):
+                self._on_disk(name, parameter.shape)
+
+    @contextmanager
+    def filled(self, module: nn.Module, path: str) -> Iterator[None]:
+        """Fill a module and all below it; empty them afterwards."""
+        loaded = [self._load(child, f"{path}.{name}" if name else path) for name, child in module.named_modules()]
+        try:
+            yield
+        finally:
+            for child, names in loaded:
+                _empty(child, names)
+
+    @contextmanager
+    def filled_when_called(self, *, exclude: Iterable[str], prelude: Iterable[str] = ()) -> Iterator[None]:
+        """Fill whatever module of the model is called, just before its first call; empty all of them afterwards.
+
+        Args:
+            exclude: paths never filled (blocks that are replaced by stubs).
+            prelude: paths filled at once, because their weights are read without a call.
+        """
+        loaded: list[tuple[nn.Module, list[str]]] = []
+        handles = []
+        exclude, prelude = tuple(exclude), tuple(prelude)
+        for path, module in self.model.named_modules():
+            if not module._parameters or _below(path, exclude):
+                continue
+            if _below(path, prelude):
+                loaded.append(self._load(module, path))
+            else:
+                hook = lambda module, args, path=path: loaded.append(self._load(module, path))  # noqa: E731
+                handles.append(module.register_forward_pre_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, names in loaded:
+                _empty(module, names)
+
+    def _load(self, module: nn.Module, path: str) -> tuple[nn.Module, list[str]]:
+        """Read a module's own parameters that are still on meta."""
+        empty = {name: p for name, p in module._parameters.items() if p is not None and p.device.type == "meta"}
+        for name, parameter in empty.items():
+            full = f"{path}.{name}" if path else name
+            tensor = self.overrides.get(full)
+            if tensor is None:
+                stored = self._on_disk(full, parameter.shape)
+                tensor = self.reader.tensor(stored, device=self.device, dtype=self.dtype)
+            set_parameter(module, name, tensor)
+        return module, list(empty)
+
+    def _on_disk(self, name: str, shape: torch.Size) -> str:
+        """The stored name of a parameter, proved to be there in this shape."""
+        on_disk = self.names.get(name)
+        if on_disk is None:
+            raise CheckpointError(
+                f"{self.reader.folder}: the checkpoint has no tensor for {name}",
+                hint="is config.json the one these weights were made with?",
+            )
+        if self.reader.shape(on_disk) != tuple(shape):
+            raise CheckpointError(
+                f"{on_disk} has shape {self.reader.shape(on_disk)}, the configuration says {tuple(shape)}",
+                hint="is config.json the one these weights were made with?",
+            )
+        if not self.reader.dtype(on_disk).is_floating_point:
+            raise CheckpointError(f"{on_disk} is {self.reader.dtype(on_disk)}, not a floating-point weight")
+        return on_disk
+
+
+def _below(path: str, roots: Iterable[str]) -> bool:
+    return any(path == root or path.startswith(root + ".") for root in roots)
+
+
+def _empty(module: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        set_parameter(module, name, module.get_parameter(name).data.to("meta"))
