@@ -1,15 +1,36 @@
 """A block that is kept amid quantized ones still feeds the next: its statistics are those of the finished model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import awq_core
 from awq_core import QuantConfig
-from awq_core.runtime.load import load
+from awq_core.hooks import Architecture, LayerStack, hookimpl, presets
+from awq_core.hooks.manager import PluginManager
+from awq_core.runtime.linear import QuantLinear
+from awq_core.runtime.load import PACKED, load
 from awq_core.testing import save_tiny
 
 GROUP = 32
+LANGUAGE = LayerStack(component="language", blocks="model.layers")
 WINDOWS = torch.randint(8, 100, (4, 24), generator=torch.Generator().manual_seed(0))
+
+
+def plugin(**fields):
+    """A manager with one plugin, which owns the tiny model."""
+    arch = Architecture(family="acorn", model_types=("llama",), **{"stacks": (LANGUAGE,), **fields})
+
+    class Plugin:
+        @hookimpl
+        def awq_architectures(self):
+            return (arch,)
+
+    manager = PluginManager(allow=())
+    manager.register(Plugin(), "acorn")
+    return manager
 
 
 def nearest(weight: torch.Tensor) -> torch.Tensor:
@@ -53,3 +74,44 @@ def test_every_block_is_calibrated_on_what_it_will_read(tmp_path, llama_config, 
         weight = original.get_submodule(name).weight.detach().double()
         error = inputs[i].flatten(0, 1) @ (nearest(weight) - weight).T
         assert reports[name].loss_rtn == pytest.approx(float(error.square().mean()), rel=1e-3)
+
+
+def test_a_stack_that_is_one_linear_is_calibrated_like_any_block(tmp_path, llama_config, corpus):
+    """An output head, or a projector, may be declared as a stack; the block is the linear then."""
+    head = LayerStack(component="head", blocks="lm_head")
+    manager = plugin(stacks=(head, LANGUAGE))
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_tiny(llama_config(), source)
+    config = QuantConfig(group_size=GROUP, components={"head": "4bit", "language": "keep"})
+    result = awq_core.quantize(source, out, config=config, calibration=corpus, samples=4, seq_len=32, manager=manager)
+    (report,) = result.reports
+    assert report.name == "lm_head" and report.tokens == 4 * 32 and report.loss <= report.loss_rtn
+    names = load_file(out / "model.safetensors").keys()
+    assert {name for name in names if name.startswith("lm_head")} == {f"lm_head.{n}" for n in PACKED}
+    assert not any("layers" in name and name.endswith("qweight") for name in names)
+    model = load(out, manager=manager)
+    assert [name for name, module in model.named_modules() if isinstance(module, QuantLinear)] == ["lm_head"]
+    with torch.no_grad():
+        got, want = (m(input_ids=WINDOWS).logits for m in (model, load(out, manager=manager, fake_quant=True)))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_input_may_be_observed_where_it_enters_a_module(tmp_path, llama_source, corpus):
+    """Attention is called with its input by name, the MLP by position; both read what their linears read."""
+    attention, mlp = presets.attention(), presets.gated_mlp()
+    observed = (
+        replace(attention[0], observe="self_attn"),
+        attention[1],
+        replace(mlp[0], observe="mlp"),
+        mlp[1],
+    )
+    made = []
+    for name, groups in (("plain", presets.LLAMA_BLOCK), ("observed", observed)):
+        manager = plugin(scale_groups=groups)
+        config = QuantConfig(group_size=GROUP)
+        options = {"config": config, "calibration": corpus, "samples": 4, "seq_len": 32, "manager": manager}
+        made.append((awq_core.quantize(llama_source, tmp_path / name, **options), tmp_path / name))
+    (plain, first), (other, second) = made
+    assert [group.observe for group in other.plan.blocks[0].groups][:2] == ["self_attn", "mlp"]
+    assert plain.reports == other.reports and any(report.alpha for report in plain.reports)
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()

@@ -33,9 +33,11 @@ class Statistics:
     mean_abs: torch.Tensor
     mean: torch.Tensor
 
-    def scaled(self, s: torch.Tensor) -> Statistics:
-        """The statistics of x / s, for s `[in]`."""
-        return Statistics(self.n, self.gram / torch.outer(s, s), self.mean_abs / s, self.mean / s)
+    def rescale_(self, s: torch.Tensor) -> None:
+        """Become the statistics of x / s, for s `[in]`, in place: a Gram matrix is too large to have twice."""
+        self.gram.div_(s[:, None]).div_(s)
+        self.mean_abs.div_(s)
+        self.mean.div_(s)
 
 
 class StatisticsAccumulator:

@@ -99,31 +99,40 @@ def quantize_block(
     weights = _Weights(block, plan.path)
     changed: set[str] = set()
     chosen: dict[str, scales.ScaleResult] = {}
-    scaled = dict(statistics)
-    if config.scale:
-        size = {_local(linear, plan): linear.group_size for linear in plan.quantized}
-        for group in plan.groups:
-            seen = statistics.get(group.layers[0])
-            if seen is None or seen.n == 0:
-                continue
-            result = scales.search(
-                partial(map, weights.effective, group.layers), seen, size[group.layers[0]], step_dtype
-            )
-            if not torch.isfinite(result.scale).all():
-                raise NumericsError(f"{plan.path}: the scales of {group.prev} are not finite")
-            effective = _fold(block, weights, group, result.scale, plan, changed)
-            after = seen.scaled(effective)
-            for name in group.layers:
-                chosen[name] = result
-                scaled[name] = after
+    seen = {name: statistic for name, statistic in statistics.items() if statistic.n}
+    linears = {_local(linear, plan): linear for linear in plan.quantized}
+    loss_rtn = {
+        name: _rtn_loss(weights.original(name), seen[name].gram, linear.group_size, step_dtype)
+        for name, linear in linears.items()
+        if name in seen
+    }
+    for group in plan.groups if config.scale else ():
+        first = group.layers[0]
+        if first not in seen:
+            continue
+        readers = partial(map, weights.effective, group.layers)
+        result = scales.search(readers, seen[first], linears[first].group_size, step_dtype)
+        if not torch.isfinite(result.scale).all():
+            raise NumericsError(f"{plan.path}: the scales of {group.prev} are not finite")
+        seen[first].rescale_(_fold(block, weights, group, result.scale, plan, changed))
+        chosen.update(dict.fromkeys(group.layers, result))
     packed: dict[str, PackedLinear] = {}
     reports: list[LinearReport] = []
-    for linear in plan.quantized:
-        name = _local(linear, plan)
-        packed[linear.name], report = _quantize_linear(
-            weights, name, linear, statistics.get(name), scaled.get(name), chosen.get(name), config, step_dtype
+    for name, linear in linears.items():
+        statistic = seen.get(name)
+        packed[linear.name], loss, clipped = _quantize_linear(weights, name, linear, statistic, config, step_dtype)
+        scale = chosen.get(name)
+        reports.append(
+            LinearReport(
+                linear.name,
+                statistic.n if statistic else 0,
+                scale.alpha if scale else 0.0,
+                scale.family if scale else "none",
+                loss_rtn.get(name),
+                loss,
+                clipped,
+            )
         )
-        reports.append(report)
     return QuantizedBlock(packed, changed, reports)
 
 
@@ -156,53 +165,49 @@ def _fold(
     return scale
 
 
+def _rtn_loss(weight: torch.Tensor, gram: torch.Tensor, group_size: int, step_dtype: torch.dtype) -> float:
+    """What round-to-nearest of the original weight costs, row chunk by row chunk."""
+    rows = max(1, scales.CHUNK_ELEMENTS // weight.shape[1])
+    total = sum(
+        float(output_loss(round_trip(part, group_size, step_dtype).sub_(part), gram).sum())
+        for part in weight.split(rows)
+    )
+    return total / weight.shape[0]
+
+
 def _quantize_linear(
     weights: _Weights,
     name: str,
     plan: LinearPlan,
-    before: Statistics | None,
-    after: Statistics | None,
-    scale: scales.ScaleResult | None,
+    statistics: Statistics | None,
     config: QuantConfig,
     step_dtype: torch.dtype,
-) -> tuple[PackedLinear, LinearReport]:
+) -> tuple[PackedLinear, float | None, float]:
+    """(checkpoint tensors, loss, share of groups that were clipped); `statistics` are of the scaled input."""
     weight = weights.effective(name)
     if not torch.isfinite(weight).all():
         raise NumericsError(f"{plan.name}.weight holds NaN or inf", hint="is the source checkpoint damaged?")
-    rows = weights.rows.get(name)
     groups = grouped(weight, plan.group_size)
     lo, hi = full_range(groups)
     grid = make_grid(lo, hi, step_dtype)
     codes = nearest(groups, grid)
-    loss: float | None = None
-    loss_rtn: float | None = None
-    clipped = 0.0
-    if after is not None and before is not None and after.n:
-        loss = _loss(decode(codes, grid).flatten(-2) - weight, after.gram, rows)
+    loss, clipped = None, 0.0
+    if statistics is not None:
+        rows = weights.rows.get(name)
+        loss = _loss(decode(codes, grid).flatten(-2).sub_(weight), statistics.gram, rows)
         if config.clip != "none" and plan.clip:
-            tight_lo, tight_hi = clip.search(weight, after.gram, plan.group_size, step_dtype)
+            tight_lo, tight_hi = clip.search(weight, statistics.gram, plan.group_size, step_dtype)
             tight = make_grid(tight_lo, tight_hi, step_dtype)
             tight_codes = nearest(groups, tight)
-            tight_loss = _loss(decode(tight_codes, tight).flatten(-2) - weight, after.gram, rows)
+            tight_loss = _loss(decode(tight_codes, tight).flatten(-2).sub_(weight), statistics.gram, rows)
             # The clip is scored group by group; across groups its errors could add up to more than it saves.
             if tight_loss < loss:
                 grid, codes, loss = tight, tight_codes, tight_loss
                 clipped = float(((tight_lo != lo) | (tight_hi != hi)).float().mean())
-        original = weights.original(name)
-        loss_rtn = _loss(round_trip(original, plan.group_size, step_dtype) - original, before.gram, None)
     parameter = weights.block.get_parameter(f"{name}.weight")
     parameter.data = decode(codes, grid).flatten(-2).to(parameter.dtype)
-    result = pack_linear(codes.flatten(-2).to(torch.uint8), grid.step, grid.zero, step_dtype, name=plan.name)
-    report = LinearReport(
-        plan.name,
-        after.n if after is not None else 0,
-        scale.alpha if scale else 0.0,
-        scale.family if scale else "none",
-        loss_rtn,
-        loss,
-        clipped,
-    )
-    return result, report
+    packed = pack_linear(codes.flatten(-2).to(torch.uint8), grid.step, grid.zero, step_dtype, name=plan.name)
+    return packed, loss, clipped
 
 
 def _loss(error: torch.Tensor, gram: torch.Tensor, rows: torch.Tensor | None) -> float:

@@ -36,10 +36,11 @@ def collect(
     }
     mask: list[torch.Tensor | None] = [None]
 
-    def watch(site: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        return lambda module, args: accumulators[site].add(args[0], mask[0])
+    def watch(site: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        # A linear is called with its input; a module that is observed instead may be given it by name.
+        return lambda module, args, named: accumulators[site].add((*args, *named.values())[0], mask[0])
 
-    handles = [block.get_submodule(site).register_forward_pre_hook(watch(site)) for site in sites]
+    handles = [block.get_submodule(site).register_forward_pre_hook(watch(site), with_kwargs=True) for site in sites]
     try:
         with torch.no_grad(), _calibrating(block):
             for batch, call in enumerate(inputs.calls[index]):

@@ -5,7 +5,15 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, AwqConfig, MixtralConfig
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    AwqConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    MixtralConfig,
+)
 
 import awq_core
 from awq_core import QuantConfig
@@ -80,6 +88,30 @@ def test_names_are_the_original_checkpoints(tmp_path, tiny_options):
         assert not any(prefix in name for prefix in kept), name
     for router in routers:
         assert f"{router}.qweight" not in after
+
+
+def test_kept_prefixes_are_names_on_disk_too(tmp_path, tiny_options):
+    """transformers compares them with names in memory, vLLM with names on disk; LLaVA's differ."""
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**tower, image_size=16, patch_size=4),
+        text_config=LlamaConfig(**tiny_options),
+        image_token_index=2,
+    )
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_tiny(config, source)
+    settings = QuantConfig(group_size=32, scale=False, clip="none")
+    plan = awq_core.quantize(source, out, config=settings).plan
+    kept = AutoConfig.from_pretrained(out).quantization_config["modules_to_not_convert"]
+    before, after = on_disk(source), on_disk(out)
+    quantized = {name.removesuffix(".qweight") for name in after if name.endswith(".qweight")}
+    assert len(quantized) == 14 and all(name.startswith("language_model.model.layers.") for name in quantized)
+    matrices = {name.removesuffix(".weight") for name, (shape, _) in before.items() if len(shape) == 2}
+    for name in matrices - {"language_model.model.embed_tokens"}:
+        if "embedding" not in name:
+            assert any(prefix in name for prefix in kept) == (name not in quantized), name
+    for linear in plan.linears:
+        assert any(prefix in linear.name for prefix in kept) == (not linear.quantize), linear.name
 
 
 def test_what_is_kept_is_copied_bit_for_bit(tmp_path, llama_config, corpus):
