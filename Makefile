@@ -30,6 +30,9 @@ $(PLUGGY_OLD): $(STAMP)
 demo: $(STAMP)  ## quantize the small model in examples/pycoder and compare it with the original
 	$(BIN)/awq demo
 
+# Tiny matrices gain nothing from threads.
+test test-plugin test-isolated: export OMP_NUM_THREADS := 1
+
 test: $(STAMP) $(PLUGGY_OLD)  ## all tests; the hook tests once more on the oldest pluggy
 	PYTHONPATH=$(PLUGGY_OLD) $(BIN)/python -m pytest -q -p no:cacheprovider tests/hooks
 	$(BIN)/python -m pytest -q

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.checkpoint.writer import CheckpointWriter
 from awq_core.config import QuantConfig
 from awq_core.devices import pick_device, pick_dtype
-from awq_core.errors import CalibrationError, CheckpointError
+from awq_core.errors import CalibrationError, CheckpointError, ConfigError
 from awq_core.hooks.manager import Owner, PluginManager, default_manager
 from awq_core.model_card import model_card
 from awq_core.planning import Plan, make_plan
@@ -146,6 +147,7 @@ def quantize(
         names = checkpoint_names(skeleton, reader.names)
         step_dtype = torch.bfloat16 if stored is torch.bfloat16 else torch.float16
         engine = Engine(reader, skeleton, names, decided, device=target, step_dtype=step_dtype)
+        _refuse_empty(decided)
         proof = require_proof(typed, owner, manager, trust_remote_code=trust_remote_code)
         say(Phase(f"{owner.dist} {owner.version}: {proof.groups} scale groups proved, error {proof.error:.1e}"))
         data = None
@@ -174,9 +176,15 @@ def _refuse_quantized(folder: Path, raw: dict[str, Any]) -> None:
         raise CheckpointError(f"{folder}: already quantized ({method})", hint="start from the original model")
 
 
-def _json(value: Any) -> str:
-    import json
+def _refuse_empty(plan_: Plan) -> None:
+    """A folder labelled AWQ in which nothing is 4-bit would help nobody."""
+    if not any(linear.quantize for linear in plan_.linears):
+        reasons = Counter(linear.reason for linear in plan_.linears if linear.reason)
+        why = next((reason for reason, _ in reasons.most_common(1)), "the model has no linears")
+        raise ConfigError(f"nothing would be quantized: {why}", hint="awq plan shows every weight; try --group-size 32")
 
+
+def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
