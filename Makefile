@@ -54,8 +54,8 @@ test-isolated:  ## one plugin's tests against built wheels in an empty environme
 	rm -rf .cache/isolated && mkdir -p .cache/isolated
 	$(PYTHON) -m venv .cache/isolated/env
 	.cache/isolated/env/bin/python -m pip install -q --upgrade pip
-	.cache/isolated/env/bin/python -m pip wheel -q --no-deps -w .cache/isolated/dist . ./plugins/$(P)
-	.cache/isolated/env/bin/python -m pip install -q -c constraints.txt pytest .cache/isolated/dist/*.whl
+	.cache/isolated/env/bin/python -m pip wheel -q --no-deps -w .cache/isolated/dist . $(addprefix ./,$(PLUGINS))
+	.cache/isolated/env/bin/python -m pip install -q -c constraints.txt --find-links .cache/isolated/dist "awq-plugin-$(P)[test]"
 	.cache/isolated/env/bin/python -m pytest -q plugins/$(P)
 
 bench: $(STAMP)  ## benchmarks that fit a small machine

@@ -154,6 +154,10 @@ def quantize(
         if config.needs_calibration:
             vocabulary = getattr(typed.get_text_config(), "vocab_size", None)
             opened = _Preprocessors(folder, tokenizer, trust_remote_code)
+            limit = getattr(typed.get_text_config(), "max_position_embeddings", None)
+            if isinstance(limit, int) and 0 < limit < seq_len:
+                say(Phase(f"calibration windows of {limit} tokens, the model's context, not {seq_len}"))
+                seq_len = limit
             data = _calibration(calibration, opened, owner, manager, config.seed, samples, seq_len, vocabulary)
             say(Phase(f"calibration: {data.samples} samples, {data.tokens} tokens from {data.source}"))
             for note in data.notes:

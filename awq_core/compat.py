@@ -28,7 +28,7 @@ from awq_core.errors import ConfigError, OutputError
 
 # Meaningless here: blocks are streamed from disk, kernels are chosen by what the machine has.
 IGNORED_WHEN_OPENING = {"low_cpu_mem_usage", "use_cache", "safetensors", "download_kwargs", "device_map"}
-IGNORED_WHEN_QUANTIZING = {"n_parallel_calib_samples", "max_chunk_memory", "export_compatible", "duo_scaling"}
+IGNORED_WHEN_QUANTIZING = {"n_parallel_calib_samples", "max_chunk_memory", "duo_scaling"}
 IGNORED_WHEN_LOADING = {
     "quant_filename", "max_seq_len", "fuse_layers", "use_exllama", "use_exllama_v2", "use_ipex", "batch_size",
     "safetensors", "max_memory", "offload_folder", "download_kwargs", "low_cpu_mem_usage", "use_cache",

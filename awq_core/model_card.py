@@ -29,7 +29,7 @@ Made from `{base}` with awq-core {version} and {dist} {dist_version}.
 | calibration | {calibration} |
 | size | {before} before, {after} after |
 | quantized | {quantized} linears, {coverage:.1%} of the parameters of the quantized blocks |
-| scale groups | {groups} a model of this shape, function preserved to {error:.0e} |
+| scale groups | proved on a tiny model of this class before quantization: outputs moved by {error:.0e} |
 {loss}
 ## Kept as they were
 
@@ -78,7 +78,6 @@ def model_card(
         after=size_text(plan.bytes_after),
         quantized=quantized,
         coverage=plan.coverage,
-        groups=proof.groups,
         error=max(proof.error, 1e-9),
         loss=loss,
         kept=_kept(plan),

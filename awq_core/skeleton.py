@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from awq_core.errors import CheckpointError, ConfigError, PluginError
+from awq_core.errors import CheckpointError, ConfigError, PluginError, UnsupportedModelError
 from awq_core.hooks.manager import Owner, PluginManager
 
 
@@ -141,7 +141,12 @@ def model_class(config: PretrainedConfig) -> Any:
             return cls
     if type(config) in AutoModelForCausalLM._model_mapping or getattr(config, "auto_map", None):
         return AutoModelForCausalLM
-    return transformers.AutoModelForImageTextToText
+    if type(config) in transformers.AutoModelForImageTextToText._model_mapping:
+        return transformers.AutoModelForImageTextToText
+    raise UnsupportedModelError(
+        f"no model class is registered for {type(config).__name__}",
+        hint="the plugin's auto_module must call AutoModelForCausalLM.register as well as AutoConfig.register",
+    )
 
 
 _BUILDING = threading.RLock()

@@ -20,7 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from awq_core.errors import PlanError
+
 HIDDEN = "hidden_states"
+CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 @dataclass(slots=True)
@@ -106,7 +109,14 @@ def _record(
     def stub(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             keyword = not args
+            if keyword and HIDDEN not in kwargs:
+                raise PlanError(
+                    f"block {index} is called with {', '.join(kwargs) or 'nothing'}, not with its hidden states first",
+                    hint=f"call blocks as block({HIDDEN}, ...) in the model's forward",
+                )
             hidden = kwargs.pop(HIDDEN) if keyword else args[0]
+            # Every batch is a fresh prompt; a cache the model made in spite of use_cache=False would grow with each.
+            kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
             call = Call(args[1:], kwargs, keyword)
             if index == 0:
                 inputs.hidden.append(hidden)

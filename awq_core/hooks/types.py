@@ -103,7 +103,7 @@ class KernelBackend:
     """One implementation of the int4 linear.
 
     Attributes:
-        name: how `AWQ_KERNEL` and `awq kernels` call it.
+        name: what `AWQ_KERNEL` calls it.
         formats: checkpoint formats it reads ("gemm").
         devices: torch device types ("cpu", "cuda").
         min_capability: lowest CUDA compute capability, 0 for any.

@@ -35,10 +35,9 @@ def search(
     Returns:
         (lo, hi), each `[out, groups]`, with lo <= 0 <= hi.
     """
-    groups = grouped(weight, group_size)
     blocks = _diagonal_blocks(gram, group_size)
     rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
-    parts = [_search_rows(part, blocks, step_dtype) for part in groups.split(rows)]
+    parts = [_search_rows(grouped(part, group_size), blocks, step_dtype) for part in weight.split(rows)]
     return torch.cat([lo for lo, _ in parts]), torch.cat([hi for _, hi in parts])
 
 
@@ -56,16 +55,16 @@ def _diagonal_blocks(gram: torch.Tensor, group_size: int) -> torch.Tensor:
 def _search_rows(
     groups: torch.Tensor, blocks: torch.Tensor, step_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = groups.transpose(0, 1).contiguous()  # [groups, rows, group_size], for batched products with H_gg
     lo, hi = full_range(groups)
     best = torch.full_like(lo, torch.inf)
     best_lo, best_hi = lo, hi
     for f_lo, f_hi in PAIRS:
         grid = make_grid(lo * f_lo, hi * f_hi, step_dtype)
         error = decode(nearest(groups, grid), grid).sub_(groups)
-        by_group = error.transpose(0, 1)  # [groups, rows, group_size], for a batched product with H_gg
-        loss = torch.bmm(by_group, blocks).mul_(by_group).sum(-1).T
+        loss = torch.bmm(error, blocks).mul_(error).sum(-1)
         better = loss < best
         best = torch.where(better, loss, best)
         best_lo = torch.where(better, lo * f_lo, best_lo)
         best_hi = torch.where(better, hi * f_hi, best_hi)
-    return best_lo, best_hi
+    return best_lo.T, best_hi.T

@@ -21,7 +21,7 @@ from awq_core.calibration.batches import CalibrationData
 from awq_core.calibration.trace import StackInputs, record
 from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.checkpoint.writer import CheckpointWriter
-from awq_core.errors import CalibrationError
+from awq_core.errors import CalibrationError, PlanError
 from awq_core.planning import BlockPlan, Plan
 from awq_core.quantization.block import LinearReport, QuantizedBlock, quantize_block
 from awq_core.quantization.collect import collect
@@ -130,7 +130,15 @@ class Engine:
         blocks = [self.model.get_submodule(block.path) for block in stack]
         prelude = [path for declared in self.plan.stacks for path in declared.prelude]
         with self.source.filled_when_called(exclude=[block.path for block in stack], prelude=prelude):
-            inputs = record(self.model, blocks, data.batches, device=self.device)
+            try:
+                inputs = record(self.model, blocks, data.batches, device=self.device)
+            except (RuntimeError, NotImplementedError) as error:
+                if "meta" not in str(error):
+                    raise
+                raise PlanError(
+                    f"{type(self.model).__name__} reads a weight, before {stack[0].path}, of a module it does not call",
+                    hint="name that module in LayerStack.prelude",
+                ) from error
         if not inputs.hidden or not any(inputs.calls):
             raise CalibrationError(
                 f"no calibration sample reaches {stack[0].path}",

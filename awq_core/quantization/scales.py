@@ -66,7 +66,7 @@ def search(weights: Weights, statistics: Statistics, group_size: int, step_dtype
     """
     gram = statistics.gram
     total = sum(weight.shape[0] for weight in weights())
-    every = SCREEN_EVERY if total >= SCREEN_EVERY * SCREEN_MIN_ROWS else 1
+    every = min(SCREEN_EVERY, max(1, total // SCREEN_MIN_ROWS))
     row_weights: list[torch.Tensor] = []
     sample: list[torch.Tensor] = []
     magnitude = torch.zeros_like(statistics.mean_abs)

@@ -11,6 +11,7 @@ from awq_core import api
 from awq_core.calibration.batches import CalibrationData
 from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.config import QuantConfig
+from awq_core.errors import PlanError
 from awq_core.quantization import scales
 from awq_core.quantization.rounding import round_trip
 from awq_core.runtime.load import load
@@ -223,3 +224,30 @@ def test_tensors_the_model_does_not_know_are_carried_over(tmp_path, ids):
     api.quantize(source, tmp_path / "out", config=PLAIN, calibration=calibration({"input_ids": ids}))
     with CheckpointReader(tmp_path / "out") as reader:
         assert all(torch.equal(reader.tensor(name), value) for name, value in extra.items())
+
+
+def test_windows_are_no_longer_than_the_models_context(tmp_path):
+    source = tmp_path / "source"
+    save_tiny(LlamaConfig(**TINY, max_position_embeddings=24), source)
+    said = []
+    result = api.quantize(
+        source, tmp_path / "out", config=PLAIN, calibration=["some words " * 50], samples=2, progress=said.append
+    )
+    assert result.calibration.tokens == 48
+    assert any("24 tokens, the model's context" in getattr(event, "text", "") for event in said)
+
+
+def test_a_weight_read_without_a_call_is_named_with_its_remedy(tmp_path, ids, monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    forward = modeling_llama.LlamaModel.forward
+
+    def peeks(self, *args, **kwargs):
+        torch.zeros(64) + self.norm.weight  # read before the blocks, never called before them
+        return forward(self, *args, **kwargs)
+
+    source = tmp_path / "source"
+    save_tiny(LlamaConfig(**TINY), source)
+    monkeypatch.setattr(modeling_llama.LlamaModel, "forward", peeks)
+    with pytest.raises(PlanError, match=r"does not call.*LayerStack\.prelude"):
+        api.quantize(source, tmp_path / "out", config=PLAIN, calibration=calibration({"input_ids": ids}))
