@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -17,7 +18,7 @@ from awq_core.calibration.batches import CalibrationData, multimodal_batches, te
 from awq_core.calibration.sources import describe_source, read_samples
 from awq_core.checkpoint.files import side_files
 from awq_core.checkpoint.format import already_quantized, quantization_config
-from awq_core.checkpoint.reader import CheckpointReader
+from awq_core.checkpoint.reader import CheckpointReader, fingerprint
 from awq_core.checkpoint.writer import CheckpointWriter
 from awq_core.config import QuantConfig
 from awq_core.devices import pick_device, pick_dtype
@@ -30,6 +31,7 @@ from awq_core.quantization.engine import BlockDone, Engine
 from awq_core.quantization.proof import Proof, require_proof
 from awq_core.runtime.load import load
 from awq_core.skeleton import build_skeleton, checkpoint_names, open_config, raw_config, resolve
+from awq_core.version import __version__
 
 __all__ = ["Phase", "QuantizeResult", "load", "plan", "quantize"]
 
@@ -101,6 +103,7 @@ def quantize(
     dtype: torch.dtype | str = "auto",
     trust_remote_code: bool = False,
     tokenizer: Any = None,
+    restart: bool = False,
     manager: PluginManager | None = None,
     progress: Callable[[Phase | BlockDone], None] | None = None,
 ) -> QuantizeResult:
@@ -108,7 +111,8 @@ def quantize(
 
     Args:
         model: local folder or hub name of an unquantized model.
-        out: folder to write; must be empty or not exist. Appears whole or not at all.
+        out: folder to write; must be empty, not exist, or hold an unfinished run, which is resumed. Appears whole or
+            not at all.
         config: settings; default `QuantConfig()`.
         calibration: text file, .jsonl, .jsonl.zst, .parquet, folder of texts or of images with captions, Hugging Face
             dataset name, list of strings or of token lists, or ready `CalibrationData`; None is the built-in default.
@@ -117,6 +121,7 @@ def quantize(
         device: "auto" (CUDA where present), "cpu", "cuda:1", ...
         dtype: of activations while calibrating; "auto" is the checkpoint's where the device is fast in it.
         tokenizer: replaces the model folder's own.
+        restart: start over instead of resuming.
         progress: called with `Phase` and `BlockDone` values.
 
     Raises:
@@ -131,7 +136,7 @@ def quantize(
     _refuse_quantized(folder, raw)
     typed, owner = open_config(folder, manager, plugin=plugin, trust_remote_code=trust_remote_code)
     target = pick_device(device)
-    with CheckpointWriter(Path(out)) as writer, CheckpointReader(folder) as reader:
+    with CheckpointWriter(Path(out), restart=restart) as writer, CheckpointReader(folder) as reader:
         stored = _stored_dtype(reader)
         compute = _compute_dtype(dtype, stored, target)
         skeleton = build_skeleton(typed, dtype=compute, trust_remote_code=trust_remote_code)
@@ -162,6 +167,12 @@ def quantize(
             say(Phase(f"calibration: {data.samples} samples, {data.tokens} tokens from {data.source}"))
             for note in data.notes:
                 say(Phase(f"calibration: {note}"))
+        if writer.begin(_identity(folder, decided, data, compute, target)):
+            say(Phase(f"resuming: {len(writer.finished)} finished steps found in {out}"))
+        if writer.complete:
+            reports = tuple(LinearReport(**r) for done in writer.finished.values() for r in done.get("reports", ()))
+            seconds = time.perf_counter() - started
+            return QuantizeResult(Path(out), decided, proof, reports, data, seconds)
         reports = tuple(engine.run(data, writer, say))
         seconds = time.perf_counter() - started
         files = side_files(folder, include_code=trust_remote_code)
@@ -173,6 +184,28 @@ def quantize(
         files["README.md"] = model_card(str(model), decided, proof, reports, data)
         writer.finish(files)
     return QuantizeResult(Path(out), decided, proof, reports, data, seconds)
+
+
+def _identity(
+    folder: Path, plan_: Plan, data: CalibrationData | None, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Everything the bytes of the result depend on; a run is resumed only by one with the same."""
+    tokens = hashlib.sha256()
+    for batch in data.batches if data else ():
+        for key in sorted(batch):
+            tokens.update(key.encode() + str(batch[key].dtype).encode() + str(tuple(batch[key].shape)).encode())
+            tokens.update(batch[key].contiguous().view(torch.uint8).numpy().tobytes())
+    decided = plan_.to_dict()
+    settings = {key: decided.pop(key) for key in ("config", "plugin", "dist", "version")}
+    return {
+        **settings,
+        "source": fingerprint(folder),
+        "calibration": tokens.hexdigest() if data else "none",
+        "plan": hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest(),
+        "dtype": str(dtype),
+        "device": device.type,
+        "versions": {"awq_core": __version__, "torch": torch.__version__},
+    }
 
 
 def _refuse_quantized(folder: Path, raw: dict[str, Any]) -> None:

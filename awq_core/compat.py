@@ -22,7 +22,7 @@ import torch
 
 from awq_core.api import QuantizeResult, load, quantize
 from awq_core.calibration.sources import read_samples
-from awq_core.checkpoint.partial import disk_errors
+from awq_core.checkpoint.disk import disk_errors
 from awq_core.config import QuantConfig
 from awq_core.errors import ConfigError, OutputError
 

@@ -31,11 +31,13 @@ Examples:
 \b
 The last is round-to-nearest without calibration: --no-scale switches the clip
 off too. `--no-scale --clip asymmetric` clips without scales, which calibrates.
+DIR appears whole or not at all. A run that was killed, or ran out of disk, is
+resumed by the same command, with the same bytes as if it had never stopped.
 With --json, stdout has one JSON object a line: phases, blocks, then the result.
 """
 )
 @click.argument("model")
-@click.option("--out", required=True, metavar="DIR", help="Folder to write: new or empty. Appears whole or not at all.")
+@click.option("--out", required=True, metavar="DIR", help="Folder to write: new, empty, or an unfinished run.")
 @click.option(
     "--calib",
     metavar="FILE|FOLDER|DATASET",
@@ -47,6 +49,7 @@ With --json, stdout has one JSON object a line: phases, blocks, then the result.
 @device_option
 @click.option("--dtype", default="auto", help="Of activations while calibrating: float32, bfloat16.")
 @click.option("--seed", type=int, default=0, help="Draws the calibration samples.")
+@click.option("--restart", is_flag=True, help="Clear an unfinished run in DIR instead of resuming it.")
 @trust_option
 @json_option
 def quantize(
@@ -59,6 +62,7 @@ def quantize(
     device: str,
     dtype: str,
     seed: int,
+    restart: bool,
     trust_remote_code: bool,
     as_json: bool,
     **weights: Any,
@@ -82,6 +86,7 @@ def quantize(
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            restart=restart,
             progress=progress,
         )
     for text in result.calibration.notes if result.calibration else ():

@@ -12,6 +12,7 @@ after: `loss_rtn` is plain round-to-nearest of the original weight, `loss` is wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -84,6 +85,7 @@ def quantize_block(
     statistics: dict[str, Statistics],
     config: QuantConfig,
     step_dtype: torch.dtype,
+    stored: Mapping[str, torch.dtype] | None = None,
 ) -> QuantizedBlock:
     """Quantize a block in place: its linears' weights become the dequantized ones, its norms absorb the scales.
 
@@ -92,6 +94,8 @@ def quantize_block(
         statistics: by path of linear relative to the block; members of a scale group share one object. Empty when
             `config.needs_calibration` is False.
         step_dtype: dtype scales are stored in (fp16 or bf16).
+        stored: dtype on disk by parameter name in the model, where it is not the one the block is worked in. What is
+            folded is rounded to it at once, so that the codes are chosen for the norms that will really be there.
 
     Raises:
         NumericsError: a weight or scale that is NaN or inf.
@@ -114,7 +118,7 @@ def quantize_block(
         result = scales.search(readers, seen[first], linears[first].group_size, step_dtype)
         if not torch.isfinite(result.scale).all():
             raise NumericsError(f"{plan.path}: the scales of {group.prev} are not finite")
-        seen[first].rescale_(_fold(block, weights, group, result.scale, plan, changed))
+        seen[first].rescale_(_fold(block, weights, group, result.scale, plan, changed, stored or {}))
         chosen.update(dict.fromkeys(group.layers, result))
     packed: dict[str, PackedLinear] = {}
     reports: list[LinearReport] = []
@@ -141,28 +145,41 @@ def _local(linear: LinearPlan, plan: BlockPlan) -> str:
 
 
 def _fold(
-    block: nn.Module, weights: _Weights, group: GroupPlan, scale: torch.Tensor, plan: BlockPlan, changed: set[str]
+    block: nn.Module,
+    weights: _Weights,
+    group: GroupPlan,
+    scale: torch.Tensor,
+    plan: BlockPlan,
+    changed: set[str],
+    stored: Mapping[str, torch.dtype],
 ) -> torch.Tensor:
     """Divide `prev` by `scale`, multiply its readers; returns the scale that was really applied."""
     previous = block.get_submodule(group.prev)
     prefix = f"{plan.path}.{group.prev}"
     if isinstance(previous, nn.Linear):
-        bias = previous.bias
-        weights.rows[group.prev] = fold_rows(bias, previous.out_features, scale)
-        if bias is not None:
+        divisor = fold_rows(previous.bias, previous.out_features, scale, stored.get(f"{prefix}.bias"))
+        if previous.bias is not None:
             changed.add(f"{prefix}.bias")
-        if not any(linear.name == prefix for linear in plan.quantized):
-            previous.weight.data.div_(weights.rows.pop(group.prev)[:, None])
+        if any(linear.name == prefix for linear in plan.quantized):
+            weights.rows[group.prev] = divisor
+        else:
+            _multiply(previous.weight.data, 1 / divisor[:, None], stored.get(f"{prefix}.weight"))
             changed.add(f"{prefix}.weight")
     else:
-        scale = fold_norm(previous, scale, group.norm_offset)
+        scale = fold_norm(previous, scale, group.norm_offset, stored.get(f"{prefix}.weight"))
         changed.update(f"{prefix}.{name}" for name, _ in previous.named_parameters(recurse=False))
     for name in group.layers:
         weights.columns[name] = scale
     for name in group.compensate:
-        block.get_parameter(f"{name}.weight").data.mul_(scale)
-        changed.add(f"{plan.path}.{name}.weight")
+        weight = f"{plan.path}.{name}.weight"
+        _multiply(block.get_parameter(f"{name}.weight").data, scale, stored.get(weight))
+        changed.add(weight)
     return scale
+
+
+def _multiply(weight: torch.Tensor, factor: torch.Tensor, stored: torch.dtype | None) -> None:
+    """Multiply in place, rounded to the dtype the weight has on disk."""
+    weight.copy_((weight.float() * factor).to(stored or weight.dtype))
 
 
 def _rtn_loss(weight: torch.Tensor, gram: torch.Tensor, group_size: int, step_dtype: torch.dtype) -> float:

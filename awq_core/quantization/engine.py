@@ -5,13 +5,17 @@
 
 One block is in memory at a time, whatever the depth. Tensors the walk does not touch are copied from disk to disk
 unchanged, under their own names.
+
+Each finished block is committed to the writer's journal. A run that finds blocks already committed does not search
+them again: it reads their codes back and forwards the samples through them, which gives the next block bit for bit the
+input it would have had.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
@@ -19,6 +23,7 @@ from transformers import PreTrainedModel
 
 from awq_core.calibration.batches import CalibrationData
 from awq_core.calibration.trace import StackInputs, record
+from awq_core.checkpoint.pack import PackedLinear, dequantize
 from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.checkpoint.writer import CheckpointWriter
 from awq_core.errors import CalibrationError, PlanError
@@ -41,6 +46,7 @@ class BlockDone:
 
 
 Progress = Callable[[BlockDone], None]
+REST = "everything outside the blocks"
 
 
 class Engine:
@@ -84,23 +90,33 @@ class Engine:
         total = sum(bool(block.quantized) for block in self.plan.blocks)
         done = 0
         for stack in _stacks(self.plan.blocks):
-            inputs = self._trace(stack, data)
+            left = any(plan.quantized and plan.path not in writer.finished for plan in stack)
+            inputs = self._trace(stack, data) if left else None
             for index, plan in enumerate(stack):
                 started = time.perf_counter()
                 block = self.model.get_submodule(plan.path)
-                if plan.quantized:
-                    found = self._quantize(block, plan, inputs, index, writer, written)
-                    reports += found
-                    done += 1
-                    if progress:
-                        seconds = time.perf_counter() - started
-                        progress(BlockDone(plan.path, done, total, seconds, *_totals(found)))
-                elif inputs:
-                    with self.source.filled(block, plan.path):
-                        inputs.advance(index, block)
-        for name in self.reader.names:
-            if name not in written:
-                writer.add(name, self.reader.tensor(name))
+                if not plan.quantized:
+                    if inputs:
+                        with self.source.filled(block, plan.path):
+                            inputs.advance(index, block)
+                    continue
+                if plan.path not in writer.finished:
+                    self._quantize(block, plan, inputs, index, writer)
+                else:
+                    self._restore(block, plan, inputs, index, writer)
+                record = writer.finished[plan.path]
+                found = [LinearReport(**report) for report in record["reports"]]
+                written.update(record["replaced"])
+                reports += found
+                done += 1
+                if progress:
+                    seconds = time.perf_counter() - started
+                    progress(BlockDone(plan.path, done, total, seconds, *_totals(found)))
+        if REST not in writer.finished:
+            for name in self.reader.names:
+                if name not in written:
+                    writer.add(name, self.reader.tensor(name))
+            writer.commit(REST, {})
         return reports
 
     def _quantize(
@@ -110,18 +126,43 @@ class Engine:
         inputs: StackInputs | None,
         index: int,
         writer: CheckpointWriter,
-        written: set[str],
-    ) -> list[LinearReport]:
+    ) -> None:
         with self.source.filled(block, plan.path):
             statistics = collect(block, plan, inputs, index, self.device) if inputs else {}
-            result = quantize_block(block, plan, statistics, self.plan.config, self.step_dtype)
-            written |= self._write(block, plan, result, writer)
-            if plan.component != "language":
-                # The language blocks are traced through the finished components.
-                self.source.overrides.update({f"{plan.path}.{n}": p.data for n, p in block.named_parameters()})
-            if inputs:
-                inputs.advance(index, block)
-        return result.reports
+            stored = {
+                name: self.reader.dtype(self.names[name])
+                for name in (f"{plan.path}.{local}" for local, _ in block.named_parameters())
+            }
+            result = quantize_block(block, plan, statistics, self.plan.config, self.step_dtype, stored)
+            replaced = self._write(block, plan, result, writer)
+            writer.commit(plan.path, {"replaced": replaced, "reports": [asdict(report) for report in result.reports]})
+            self._hand_on(block, plan, inputs, index)
+
+    def _restore(
+        self, block: nn.Module, plan: BlockPlan, inputs: StackInputs | None, index: int, writer: CheckpointWriter
+    ) -> None:
+        """Fill a block that an earlier run finished with what that run wrote, where anything still reads it."""
+        if inputs is None and plan.component == "language":
+            return
+        stored = writer.stored(plan.path)
+        with self.source.filled(block, plan.path):
+            for name, parameter in block.named_parameters():
+                on_disk = self.names[f"{plan.path}.{name}"]
+                base = on_disk.removesuffix("weight")
+                if base + "qweight" in stored:
+                    packed = PackedLinear(*(stored[base + part] for part in ("qweight", "qzeros", "scales")))
+                    parameter.data.copy_(dequantize(packed))
+                elif on_disk in stored:
+                    parameter.data.copy_(stored[on_disk])
+            self._hand_on(block, plan, inputs, index)
+
+    def _hand_on(self, block: nn.Module, plan: BlockPlan, inputs: StackInputs | None, index: int) -> None:
+        """Feed the finished block's outputs to whatever comes next."""
+        if plan.component != "language":
+            # The language blocks are traced through the finished components.
+            self.source.overrides.update({f"{plan.path}.{n}": p.data for n, p in block.named_parameters()})
+        if inputs:
+            inputs.advance(index, block)
 
     def _trace(self, stack: list[BlockPlan], data: CalibrationData | None) -> StackInputs | None:
         """The inputs of the stack's blocks, or None when the configuration needs no calibration."""
@@ -146,22 +187,22 @@ class Engine:
             )
         return inputs
 
-    def _write(self, block: nn.Module, plan: BlockPlan, result: QuantizedBlock, writer: CheckpointWriter) -> set[str]:
-        """Add the block's changed tensors under their on-disk names; returns the names taken care of."""
-        taken: set[str] = set()
+    def _write(self, block: nn.Module, plan: BlockPlan, result: QuantizedBlock, writer: CheckpointWriter) -> list[str]:
+        """Add the block's changed tensors under their on-disk names; returns the names they replace."""
+        replaced: list[str] = []
         for name, packed in result.packed.items():
             weight = self.names[f"{name}.weight"]
             base = weight.removesuffix("weight")
             writer.add(base + "qweight", packed.qweight)
             writer.add(base + "qzeros", packed.qzeros)
             writer.add(base + "scales", packed.scales)
-            taken.add(weight)
+            replaced.append(weight)
         parameters = {f"{plan.path}.{name}": parameter for name, parameter in block.named_parameters()}
         for name in sorted(result.changed):
             on_disk = self.names[name]
             writer.add(on_disk, parameters[name].data.to("cpu", self.reader.dtype(on_disk)))
-            taken.add(on_disk)
-        return taken
+            replaced.append(on_disk)
+        return replaced
 
 
 def _stacks(blocks: Iterable[BlockPlan]) -> list[list[BlockPlan]]:

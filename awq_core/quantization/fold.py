@@ -18,26 +18,34 @@ from torch import nn
 from awq_core.scale_groups import GroupPlan
 
 
-def fold_norm(norm: Any, scale: torch.Tensor, offset: float) -> torch.Tensor:
-    """Divide a norm's output by `scale` (`[in]`) in place; returns the effective scale, fp32 `[in]`."""
+def fold_norm(norm: Any, scale: torch.Tensor, offset: float, stored: torch.dtype | None = None) -> torch.Tensor:
+    """Divide a norm's output by `scale` (`[in]`) in place; returns the effective scale, fp32 `[in]`.
+
+    Args:
+        stored: dtype the norm has on disk, where that is shorter than the one it is worked in.
+    """
     weight = norm.weight.data
+    stored = stored or weight.dtype
     old = weight.float() + offset
-    weight.copy_((old / scale - offset).to(weight.dtype))
+    weight.copy_((old / scale - offset).to(stored))
     new = weight.float() + offset
     usable = (old != 0) & (new != 0)
     effective = torch.where(usable, old / torch.where(usable, new, torch.ones_like(new)), scale)
     bias = getattr(norm, "bias", None)
     if bias is not None:
-        bias.data.copy_((bias.data.float() / effective).to(bias.dtype))
+        bias.data.copy_((bias.data.float() / effective).to(stored))
     return effective
 
 
-def fold_rows(bias: torch.Tensor | None, rows: int, scale: torch.Tensor) -> torch.Tensor:
-    """Row divisors of a linear whose last len(scale) of `rows` outputs are divided by `scale`; divides its bias too."""
+def fold_rows(
+    bias: torch.Tensor | None, rows: int, scale: torch.Tensor, stored: torch.dtype | None = None
+) -> torch.Tensor:
+    """Row divisors of a linear whose last len(scale) of `rows` outputs are divided by `scale`; divides its bias too,
+    rounded to `stored`, its dtype on disk."""
     divisor = torch.ones(rows, device=scale.device)
     divisor[rows - scale.numel() :] = scale
     if bias is not None:
-        bias.data.copy_((bias.data.float() / divisor).to(bias.dtype))
+        bias.data.copy_((bias.data.float() / divisor).to(stored or bias.dtype))
     return divisor
 
 

@@ -74,7 +74,7 @@ def test_the_buffer_holds_no_more_than_a_shard(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path / "out", shard_bytes=SHARD) as target:
         for i, (name, tensor) in enumerate(TENSORS.items(), 1):
             target.add(name, tensor)
-            assert len(list((target.out / PARTIAL / "stage").iterdir())) == i // 3
+            assert len(list((target.out / PARTIAL / "parts").iterdir())) == i // 3
         target.finish(FILES)
 
 
@@ -96,7 +96,7 @@ def test_views_and_shared_memory(tmp_path: Path) -> None:
 def test_a_slice_does_not_hold_on_to_the_whole(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path) as target:
         target.add("expert.0", torch.ones(100, 8)[0])
-        assert target._buffer["expert.0"].untyped_storage().nbytes() == 8 * 4
+        assert target._parts._buffer["expert.0"].untyped_storage().nbytes() == 8 * 4
         target.finish(FILES)
 
 

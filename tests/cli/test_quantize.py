@@ -117,3 +117,37 @@ def test_failures(awq, llama_source, quantized, tmp_path, plugins):
     plugins()
     assert awq("quantize", llama_source, "--out", tmp_path / "q", code=3).errors
     assert not (tmp_path / "q").exists()
+
+
+@pytest.fixture
+def interrupted(awq, llama_source, corpus_file, tmp_path, monkeypatch):
+    """The words of a command that was interrupted after its first block."""
+    from awq_core.quantization.engine import Engine
+
+    words = ["quantize", llama_source, "--out", tmp_path / "out", "--calib", corpus_file, "--samples", 2]
+    words += ["--seq-len", 16, "--group-size", 32]
+    finish, seen = Engine._quantize, []
+
+    def only_once(self, block, plan, *rest):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(plan.path)
+        finish(self, block, plan, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_quantize", only_once)
+        awq(*words, code=130)
+    assert not (tmp_path / "out" / "config.json").exists()
+    return words
+
+
+def test_the_same_command_resumes_an_interrupted_run(awq, interrupted, tmp_path):
+    assert "resuming: 1 finished" in awq(*interrupted).stderr
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_other_arguments_are_refused_until_told_to_restart(awq, interrupted, tmp_path):
+    refused = awq(*interrupted, "--no-clip", code=1).errors[-1]
+    assert "config.clip" in refused and "--restart" in refused
+    assert "resuming" not in awq(*interrupted, "--no-clip", "--restart").stderr
+    assert (tmp_path / "out" / "config.json").exists()
