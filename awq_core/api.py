@@ -7,23 +7,24 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from awq_core.calibration.batches import CalibrationData, multimodal_batches, text_batches
-from awq_core.calibration.sources import describe_source, read_samples
+from awq_core.calibration.batches import CalibrationData
+from awq_core.calibration.prepare import Preprocessors, prepare
 from awq_core.checkpoint.files import side_files
 from awq_core.checkpoint.format import already_quantized, quantization_config
 from awq_core.checkpoint.reader import CheckpointReader, fingerprint
 from awq_core.checkpoint.writer import CheckpointWriter
 from awq_core.config import QuantConfig
 from awq_core.devices import pick_device, pick_dtype
-from awq_core.errors import CalibrationError, CheckpointError, ConfigError
-from awq_core.hooks.manager import Owner, PluginManager, default_manager
+from awq_core.errors import CheckpointError, ConfigError
+from awq_core.hooks.manager import PluginManager, default_manager
 from awq_core.model_card import model_card
 from awq_core.planning import Plan, make_plan
 from awq_core.quantization.block import LinearReport
@@ -158,12 +159,19 @@ def quantize(
         data = None
         if config.needs_calibration:
             vocabulary = getattr(typed.get_text_config(), "vocab_size", None)
-            opened = _Preprocessors(folder, tokenizer, trust_remote_code)
             limit = getattr(typed.get_text_config(), "max_position_embeddings", None)
             if isinstance(limit, int) and 0 < limit < seq_len:
                 say(Phase(f"calibration windows of {limit} tokens, the model's context, not {seq_len}"))
                 seq_len = limit
-            data = _calibration(calibration, opened, owner, manager, config.seed, samples, seq_len, vocabulary)
+            data = prepare(
+                calibration,
+                Preprocessors(folder, tokenizer, trust_remote_code),
+                partial(manager.calibration_batch, owner),
+                samples=samples,
+                seq_len=seq_len,
+                seed=config.seed,
+                vocab_size=vocabulary,
+            )
             say(Phase(f"calibration: {data.samples} samples, {data.tokens} tokens from {data.source}"))
             for note in data.notes:
                 say(Phase(f"calibration: {note}"))
@@ -237,82 +245,6 @@ def _kept_prefixes(plan_: Plan, names: dict[str, str]) -> list[str]:
                 break
         prefixes[prefix] = None
     return list(prefixes)
-
-
-def _calibration(
-    source: Any,
-    opened: _Preprocessors,
-    owner: Owner,
-    manager: PluginManager,
-    seed: int,
-    samples: int,
-    seq_len: int,
-    vocab_size: int | None,
-) -> CalibrationData:
-    if isinstance(source, CalibrationData):
-        return source
-    stream = iter(read_samples(source, shuffle=True, seed=seed))
-    first = next(stream, None)
-    if first is None:
-        raise CalibrationError(f"{describe_source(source)}: no samples", hint="give a file or folder with text")
-    both = _chain(first, stream)
-    if first.get("images"):
-        processor = opened.processor()
-
-        def make_batch(sample: Any) -> Any:
-            return manager.calibration_batch(owner, processor, sample)
-
-        return multimodal_batches(both, make_batch=make_batch, n_samples=samples, description=describe_source(source))
-    return text_batches(
-        both,
-        opened.tokenizer(),
-        n_samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        description=describe_source(source),
-        vocab_size=vocab_size,
-    )
-
-
-def _chain(first: Any, rest: Iterable[Any]) -> Iterable[Any]:
-    yield first
-    yield from rest
-
-
-@dataclass(frozen=True, slots=True)
-class _Preprocessors:
-    """What turns samples into tokens: the object the caller gave, else the model folder's own, opened when needed."""
-
-    folder: Path
-    given: Any
-    trust_remote_code: bool
-
-    def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        if self.given is not None:
-            return self.given
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        except Exception as error:
-            raise CalibrationError(
-                f"{self.folder}: no tokenizer could be opened",
-                hint="copy the tokenizer files there, or pass tokenizer=",
-            ) from error
-
-    def processor(self) -> Any:
-        from transformers import AutoProcessor
-
-        if self.given is not None:
-            return self.given
-        try:
-            return AutoProcessor.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:160]
-            raise CalibrationError(
-                f"{self.folder}: no image processor could be opened: {reason}",
-                hint="copy the processor files there, or install what it names",
-            ) from error
 
 
 def _stored_dtype(reader: CheckpointReader) -> torch.dtype:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 from awq_core.errors import ConfigError
@@ -40,3 +42,15 @@ def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if chosen not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ConfigError(f"dtype={dtype!r} is not possible", hint='"auto", "float32" or "bfloat16"')
     return chosen
+
+
+def release_freed_memory() -> None:
+    """Give freed heap pages back to the operating system, where the C library can.
+
+    Blocks of some megabytes come from the heap, and glibc keeps what is freed below the last one still in use; over
+    many layers that adds up to memory nobody needs.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return  # not glibc

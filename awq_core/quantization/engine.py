@@ -26,6 +26,7 @@ from awq_core.calibration.trace import StackInputs, record
 from awq_core.checkpoint.pack import PackedLinear, dequantize
 from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.checkpoint.writer import CheckpointWriter
+from awq_core.devices import release_freed_memory
 from awq_core.errors import CalibrationError, PlanError
 from awq_core.planning import BlockPlan, Plan
 from awq_core.quantization.block import LinearReport, QuantizedBlock, quantize_block
@@ -109,6 +110,7 @@ class Engine:
                 written.update(record["replaced"])
                 reports += found
                 done += 1
+                release_freed_memory()
                 if progress:
                     seconds = time.perf_counter() - started
                     progress(BlockDone(plan.path, done, total, seconds, *_totals(found)))
