@@ -184,10 +184,9 @@ def _multiply(weight: torch.Tensor, factor: torch.Tensor, stored: torch.dtype | 
 
 def _rtn_loss(weight: torch.Tensor, gram: torch.Tensor, group_size: int, step_dtype: torch.dtype) -> float:
     """What round-to-nearest of the original weight costs, row chunk by row chunk."""
-    rows = max(1, scales.CHUNK_ELEMENTS // weight.shape[1])
     total = sum(
         float(output_loss(round_trip(part, group_size, step_dtype).sub_(part), gram).sum())
-        for part in weight.split(rows)
+        for part in weight.split(scales.rows_at_once(weight))
     )
     return total / weight.shape[0]
 

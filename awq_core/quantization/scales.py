@@ -71,7 +71,7 @@ def search(weights: Weights, statistics: Statistics, group_size: int, step_dtype
     sample: list[torch.Tensor] = []
     magnitude = torch.zeros_like(statistics.mean_abs)
     for weight in weights():
-        energy = sum(float(output_loss(part, gram).sum()) for part in weight.split(_rows(weight)))
+        energy = sum(float(output_loss(part, gram).sum()) for part in weight.split(rows_at_once(weight)))
         row_weights.append(torch.full((weight.shape[0],), 1 / max(energy, 1e-20), device=weight.device))
         sample.append(weight[::every].clone())
         magnitude += _magnitude(weight, group_size).sum(0)
@@ -94,7 +94,8 @@ def search(weights: Weights, statistics: Statistics, group_size: int, step_dtype
     return ScaleResult(scale, alpha, family, losses[best], losses[0])
 
 
-def _rows(weight: torch.Tensor) -> int:
+def rows_at_once(weight: torch.Tensor) -> int:
+    """How many rows of `[out, in]` to score in one go."""
     return max(1, CHUNK_ELEMENTS // weight.shape[1])
 
 
@@ -140,7 +141,9 @@ def _loss(
     step_dtype: torch.dtype,
 ) -> float:
     total = 0.0
-    for part, part_weight in zip(weight.split(_rows(weight)), row_weight.split(_rows(weight)), strict=True):
+    for part, part_weight in zip(
+        weight.split(rows_at_once(weight)), row_weight.split(rows_at_once(weight)), strict=True
+    ):
         error = round_trip(part * scale, group_size, step_dtype).div_(scale).sub_(part)
         total += float((output_loss(error.to(gram.dtype), gram).float() * part_weight).sum())
     return total
