@@ -19,7 +19,7 @@ from awq_core.version import __version__
 _EXPORTS = {
     "AutoAWQForCausalLM": "awq_core.compat",
     "AwqError": "awq_core.errors",
-    "Plan": "awq_core.planning",
+    "Plan": "awq_core.plan_types",
     "QuantConfig": "awq_core.config",
     "QuantizeResult": "awq_core.api",
     "load": "awq_core.api",
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from awq_core.compat import AutoAWQForCausalLM
     from awq_core.config import QuantConfig
     from awq_core.errors import AwqError
-    from awq_core.planning import Plan
+    from awq_core.plan_types import Plan
 
 
 def __getattr__(name: str) -> Any:

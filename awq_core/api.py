@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from awq_core.calibration.batches import CalibrationData
+from awq_core.calibration.offload import offloading
 from awq_core.calibration.prepare import Preprocessors, prepare
 from awq_core.checkpoint.files import side_files
 from awq_core.checkpoint.format import already_quantized, quantization_config
@@ -26,10 +28,13 @@ from awq_core.devices import pick_device, pick_dtype
 from awq_core.errors import CheckpointError, ConfigError
 from awq_core.hooks.manager import PluginManager, default_manager
 from awq_core.model_card import model_card
-from awq_core.planning import Plan, make_plan
+from awq_core.plan_types import Plan
+from awq_core.planning import make_plan
 from awq_core.quantization.block import LinearReport
 from awq_core.quantization.engine import BlockDone, Engine
 from awq_core.quantization.proof import Proof, require_proof
+from awq_core.quantization.reuse import SCALES, Found, scales_file
+from awq_core.recipe import RECIPE, recipe_text
 from awq_core.runtime.load import load
 from awq_core.skeleton import build_skeleton, checkpoint_names, open_config, raw_config, resolve
 from awq_core.version import __version__
@@ -105,6 +110,8 @@ def quantize(
     trust_remote_code: bool = False,
     tokenizer: Any = None,
     restart: bool = False,
+    offload: PathLike | None = None,
+    reuse: PathLike | None = None,
     manager: PluginManager | None = None,
     progress: Callable[[Phase | BlockDone], None] | None = None,
 ) -> QuantizeResult:
@@ -123,6 +130,10 @@ def quantize(
         dtype: of activations while calibrating; "auto" is the checkpoint's where the device is fast in it.
         tokenizer: replaces the model folder's own.
         restart: start over instead of resuming.
+        offload: existing folder on whose disk the activations between blocks are kept, instead of in memory. The result
+            is the same, byte for byte.
+        reuse: folder of a finished run on the same model, whose scales are taken, and with the same group size its
+            ranges too: then nothing is calibrated or searched.
         progress: called with `Phase` and `BlockDone` values.
 
     Raises:
@@ -137,7 +148,12 @@ def quantize(
     _refuse_quantized(folder, raw)
     typed, owner = open_config(folder, manager, plugin=plugin, trust_remote_code=trust_remote_code)
     target = pick_device(device)
-    with CheckpointWriter(Path(out), restart=restart) as writer, CheckpointReader(folder) as reader:
+    with (
+        ExitStack() as opened,
+        offloading(offload) as activations,
+        CheckpointWriter(Path(out), restart=restart) as writer,
+        CheckpointReader(folder) as reader,
+    ):
         stored = _stored_dtype(reader)
         compute = _compute_dtype(dtype, stored, target)
         skeleton = build_skeleton(typed, dtype=compute, trust_remote_code=trust_remote_code)
@@ -152,12 +168,25 @@ def quantize(
         )
         names = checkpoint_names(skeleton, reader.names)
         step_dtype = torch.bfloat16 if stored is torch.bfloat16 else torch.float16
-        engine = Engine(reader, skeleton, names, decided, device=target, step_dtype=step_dtype)
+        source = fingerprint(folder)
+        found = opened.enter_context(Found(reuse, source, names)) if reuse is not None else None
+        engine = Engine(
+            reader,
+            skeleton,
+            names,
+            decided,
+            device=target,
+            step_dtype=step_dtype,
+            offload=activations,
+            found=found,
+        )
         _refuse_empty(decided)
+        for name in decided.unused_names():
+            say(Phase(f"no linear's name contains {name!r}: nothing is kept by it"))
         proof = require_proof(typed, owner, manager, trust_remote_code=trust_remote_code)
         say(Phase(f"{owner.dist} {owner.version}: {proof.groups} scale groups proved, error {proof.error:.1e}"))
         data = None
-        if config.needs_calibration:
+        if config.needs_calibration and (found is None or not found.suffices(config)):
             vocabulary = getattr(typed.get_text_config(), "vocab_size", None)
             limit = getattr(typed.get_text_config(), "max_position_embeddings", None)
             if isinstance(limit, int) and 0 < limit < seq_len:
@@ -175,27 +204,48 @@ def quantize(
             say(Phase(f"calibration: {data.samples} samples, {data.tokens} tokens from {data.source}"))
             for note in data.notes:
                 say(Phase(f"calibration: {note}"))
-        if writer.begin(_identity(folder, decided, data, compute, target)):
+        if writer.begin(_identity(source, decided, data, compute, target, reuse)):
             say(Phase(f"resuming: {len(writer.finished)} finished steps found in {out}"))
         if writer.complete:
             reports = tuple(LinearReport(**r) for done in writer.finished.values() for r in done.get("reports", ()))
             seconds = time.perf_counter() - started
             return QuantizeResult(Path(out), decided, proof, reports, data, seconds)
         reports = tuple(engine.run(data, writer, say))
+        for note, count in Counter(report.note for report in reports if report.note).items():
+            say(Phase(f"{count} linears rounded by greedy flips: {note}"))
         seconds = time.perf_counter() - started
-        files = side_files(folder, include_code=trust_remote_code)
+        files: dict[str, bytes | str | Path] = {**side_files(folder, include_code=trust_remote_code)}
         group_size = config.group_size
         kept = _kept_prefixes(decided, names)
         files["config.json"] = _json(
             {**raw, "quantization_config": quantization_config(group_size=group_size, modules_to_not_convert=kept)}
         )
-        files["README.md"] = model_card(str(model), decided, proof, reports, data)
+        files["README.md"] = model_card(str(model), decided, proof, reports, data, reused=found is not None)
+        used = {"samples": samples, "seq_len": seq_len}
+        files[RECIPE] = recipe_text(
+            decided,
+            model=model,
+            calibration=calibration,
+            calibrated=None if data is None else {} if data is calibration else used,
+            device=target,
+            dtype=compute,
+            trust_remote_code=trust_remote_code,
+            reuse=reuse,
+        )
+        searched = [done["scales"] for done in writer.finished.values() if done.get("scales")]
+        if searched:
+            files[SCALES] = scales_file(searched, source)
         writer.finish(files)
     return QuantizeResult(Path(out), decided, proof, reports, data, seconds)
 
 
 def _identity(
-    folder: Path, plan_: Plan, data: CalibrationData | None, dtype: torch.dtype, device: torch.device
+    source: str,
+    plan_: Plan,
+    data: CalibrationData | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    reuse: PathLike | None,
 ) -> dict[str, Any]:
     """Everything the bytes of the result depend on; a run is resumed only by one with the same."""
     tokens = hashlib.sha256()
@@ -207,7 +257,8 @@ def _identity(
     settings = {key: decided.pop(key) for key in ("config", "plugin", "dist", "version")}
     return {
         **settings,
-        "source": fingerprint(folder),
+        "source": source,
+        "reuse": "none" if reuse is None else fingerprint(reuse),
         "calibration": tokens.hexdigest() if data else "none",
         "plan": hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest(),
         "dtype": str(dtype),

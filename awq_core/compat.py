@@ -114,11 +114,14 @@ class AutoAWQForCausalLM:
         target = Path(save_dir)
         if (target / "config.json").exists():
             raise OutputError(f"{target} already holds a model", hint="choose another folder")
-        names = sorted(os.listdir(self.result.out), key=lambda name: name == "config.json")
+        out = self.result.out
+        files = sorted(path for path in out.rglob("*") if path.is_file())
         with disk_errors(target):
             target.mkdir(parents=True, exist_ok=True)
-            for name in names:
-                shutil.copy2(self.result.out / name, target / name)
+            for path in sorted(files, key=lambda path: path == out / "config.json"):
+                copied = target / path.relative_to(out)
+                copied.parent.mkdir(exist_ok=True)
+                shutil.copy2(path, copied)
 
     @classmethod
     def from_quantized(

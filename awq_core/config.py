@@ -10,8 +10,8 @@ from typing import Any
 from awq_core.errors import ConfigError
 
 GROUP_SIZES = (32, 64, 128, -1)
-ROUNDINGS = ("nearest",)
-CLIPS = ("asymmetric", "none")
+ROUNDINGS = ("nearest", "heuristic", "greedy", "gptq")
+CLIPS = ("asymmetric", "symmetric", "none")
 COMPONENT_CHOICES = ("keep", "4bit")
 # AutoAWQ's names, accepted wherever a dictionary is.
 ALIASES = {"w_bit": "bits", "q_group_size": "group_size"}
@@ -25,13 +25,18 @@ class QuantConfig:
         bits: 4, the width an AWQ checkpoint holds.
         group_size: input channels that share one scale and zero point: 32, 64, 128, or -1 for the whole row.
         scale: search AWQ's per-channel scales; False leaves the function untouched before rounding.
-        clip: "asymmetric" searches both ends of every group's range on the statistics; "none" uses minimum, maximum.
-        rounding: "nearest".
+        clip: "asymmetric" searches both ends of every group's range on the statistics, "symmetric" both by one factor;
+            "none" uses minimum and maximum.
+        rounding: how codes are chosen, once scales and ranges are: "nearest"; "heuristic", flips that cancel each
+            output's mean error; "greedy", flips that lower the output error most; "gptq", error feedback from column
+            to column. All give the same format.
+        max_flip_percent: of "heuristic": most flips an output, as a fraction of its inputs.
+        knee_tolerance: of "heuristic": protects more of the outlier channels, as a fraction of the larger half.
         components: per component, "keep" or "4bit"; overrides the plugin's policy.
         modules_to_not_convert: linears whose full name contains one of these strings stay as they are.
         seed: for sampling calibration windows.
 
-    With `scale=False, clip="none"` this is round-to-nearest and needs no calibration data.
+    With `scale=False, clip="none", rounding="nearest"` this is round-to-nearest and needs no calibration data.
     """
 
     bits: int = 4
@@ -39,6 +44,8 @@ class QuantConfig:
     scale: bool = True
     clip: str = "asymmetric"
     rounding: str = "nearest"
+    max_flip_percent: float = 0.01
+    knee_tolerance: float = 0.0
     components: Mapping[str, str] = field(default_factory=dict)
     modules_to_not_convert: tuple[str, ...] = ()
     seed: int = 0
@@ -53,6 +60,10 @@ class QuantConfig:
         for name, value, allowed in (("rounding", self.rounding, ROUNDINGS), ("clip", self.clip, CLIPS)):
             if value not in allowed:
                 raise ConfigError(f"{name}={value!r} is not known", hint=f"one of {', '.join(allowed)}")
+        if not 0 <= self.max_flip_percent <= 1:
+            raise ConfigError(
+                f"max_flip_percent={self.max_flip_percent} is no fraction", hint="0.01 is one in a hundred"
+            )
         for component, choice in self.components.items():
             if choice not in COMPONENT_CHOICES:
                 raise ConfigError(
@@ -62,7 +73,7 @@ class QuantConfig:
     @property
     def needs_calibration(self) -> bool:
         """Whether statistics of activations are used at all."""
-        return self.scale or self.clip != "none"
+        return self.scale or self.clip != "none" or self.rounding != "nearest"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:

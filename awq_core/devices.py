@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import resource
+import sys
 
 import torch
 
@@ -42,6 +45,21 @@ def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if chosen not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ConfigError(f"dtype={dtype!r} is not possible", hint='"auto", "float32" or "bfloat16"')
     return chosen
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, mapped files included; where there is no /proc, the most it ever was."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024  # bytes on macOS, KiB elsewhere
+
+
+def memory_bytes(device: torch.device) -> int:
+    """What this process holds: `resident_bytes`, and the most that torch has allocated on a CUDA device."""
+    return resident_bytes() + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
 
 
 def release_freed_memory() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from awq_core.calibration.batches import CalibrationData
-from awq_core.planning import Plan
+from awq_core.plan_types import Plan
 from awq_core.quantization.block import LinearReport
 from awq_core.quantization.proof import Proof
 from awq_core.version import __version__
@@ -49,15 +49,22 @@ vllm serve {name}
 
 
 def model_card(
-    base: str, plan: Plan, proof: Proof, reports: Sequence[LinearReport], data: CalibrationData | None
+    base: str,
+    plan: Plan,
+    proof: Proof,
+    reports: Sequence[LinearReport],
+    data: CalibrationData | None,
+    *,
+    reused: bool = False,
 ) -> str:
     """The text of README.md."""
     config = plan.config
     steps = [
         "activation-aware scales" if config.scale else "no scales",
         f"{config.clip} clip" if config.clip != "none" else "no clip",
-        f"rounding to {config.rounding}",
+        "round to nearest" if config.rounding == "nearest" else f"{config.rounding} rounding",
     ]
+    calibration = f"{data.samples} samples, {data.tokens} tokens: {data.source}" if data else "none"
     name = Path(base).name or base
     quantized = sum(linear.quantize for linear in plan.linears)
     loss = ""
@@ -73,7 +80,7 @@ def model_card(
         dist_version=plan.version,
         group=config.group_size if config.group_size != -1 else "a whole row",
         method=", ".join(steps),
-        calibration=f"{data.samples} samples, {data.tokens} tokens: {data.source}" if data else "none",
+        calibration=f"{calibration}; scales of an earlier run" if reused else calibration,
         before=size_text(plan.bytes_before),
         after=size_text(plan.bytes_after),
         quantized=quantized,

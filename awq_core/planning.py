@@ -10,8 +10,6 @@ fate, because engines fuse them (q/k/v, gate/up) and a fused pair cannot be half
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -19,101 +17,11 @@ from awq_core.config import QuantConfig
 from awq_core.errors import ConfigError, PlanError
 from awq_core.hooks.manager import Owner, PluginManager
 from awq_core.hooks.types import ComponentPolicy, LayerStack, ScaleGroup
-from awq_core.scale_groups import GroupPlan, Skip, expand, resolve_groups
+from awq_core.passes import gram_bytes
+from awq_core.plan_types import BlockPlan, LinearPlan, Plan
+from awq_core.scale_groups import Skip, expand, resolve_groups
 
 GIB = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class LinearPlan:
-    """One linear's fate. `name` is its path in the model; `reason` is empty when it is quantized."""
-
-    name: str
-    in_features: int
-    out_features: int
-    bias: bool
-    quantize: bool
-    group_size: int = 0
-    clip: bool = True
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class BlockPlan:
-    """One block: its path in the model, its linears and the scale groups that will be searched."""
-
-    component: str
-    path: str
-    linears: tuple[LinearPlan, ...]
-    groups: tuple[GroupPlan, ...] = ()
-    skipped: tuple[Skip, ...] = ()
-    parameters: int = 0
-
-    @property
-    def quantized(self) -> tuple[LinearPlan, ...]:
-        return tuple(linear for linear in self.linears if linear.quantize)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Every weight's fate.
-
-    Attributes:
-        family, plugin, dist, version: who owns the model.
-        config: the settings the plan was made for.
-        policies: per component, what is done and why.
-        blocks: in the order they are worked.
-        outside: linears outside every stack; all kept.
-        bytes_before, bytes_after: size of the weights, in bytes.
-        peak_bytes: expected peak memory of quantization, in bytes.
-    """
-
-    model_type: str
-    family: str
-    plugin: str
-    dist: str
-    version: str
-    config: QuantConfig
-    policies: tuple[ComponentPolicy, ...]
-    blocks: tuple[BlockPlan, ...]
-    outside: tuple[LinearPlan, ...]
-    bytes_before: int
-    bytes_after: int
-    peak_bytes: int
-    stacks: tuple[LayerStack, ...] = field(default=())
-
-    @property
-    def linears(self) -> tuple[LinearPlan, ...]:
-        return tuple(linear for block in self.blocks for linear in block.linears) + self.outside
-
-    @property
-    def coverage(self) -> float:
-        """Share of block parameters (of the quantized components) that will be 4-bit."""
-        blocks = [block for block in self.blocks if block.quantized]
-        total = sum(block.parameters for block in blocks)
-        done = sum(linear.in_features * linear.out_features for block in blocks for linear in block.quantized)
-        return done / total if total else 0.0
-
-    def kept_prefixes(self) -> list[str]:
-        """Full module prefixes for `modules_to_not_convert`: whole kept blocks' parents, else single linears.
-
-        Engines look for them anywhere in a name, without regard for dots, so "layers.1" would also keep layers 10 to
-        19: a prefix that occurs in the name of a quantized linear is made longer.
-        """
-        quantized = "\n".join(linear.name for linear in self.linears if linear.quantize)
-        prefixes: dict[str, None] = {}
-        for linear in self.linears:
-            if not linear.quantize:
-                parts = linear.name.split(".")
-                candidates = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
-                prefixes[next((prefix for prefix in candidates if prefix not in quantized), linear.name)] = None
-        return list(prefixes)
-
-    def to_dict(self) -> dict[str, Any]:
-        result = asdict(self)
-        result["config"] = self.config.to_dict()
-        result["coverage"] = round(self.coverage, 4)
-        return result
 
 
 def make_plan(
@@ -164,7 +72,7 @@ def make_plan(
         outside=outside,
         bytes_before=before,
         bytes_after=before - saved,
-        peak_bytes=_peak_bytes(blocks, calibration_tokens if config.needs_calibration else 0, itemsize),
+        peak_bytes=_peak_bytes(blocks, config, calibration_tokens if config.needs_calibration else 0, itemsize),
         stacks=stacks,
     )
 
@@ -279,7 +187,8 @@ def _plan_block(
     )
     active = tuple(group for group in groups if not reasons[group.layers[0]])
     skipped += tuple(Skip(group.prev, "its readers are kept") for group in groups if reasons[group.layers[0]])
-    return BlockPlan(component, path, linears, active, skipped, parameters)
+    mixtures = tuple(name for name, module in block.named_modules() if hasattr(module, "calibrating"))
+    return BlockPlan(component, path, linears, active, skipped, parameters, mixtures)
 
 
 def _asked(name: str, config: QuantConfig) -> str:
@@ -308,12 +217,17 @@ def _saved_bytes(linear: LinearPlan, itemsize: int) -> int:
     return int(linear.in_features * linear.out_features * itemsize - packed)
 
 
-def _peak_bytes(blocks: list[BlockPlan], tokens: int, itemsize: int) -> int:
-    """Twice the largest block, the activations between blocks, three of the largest Gram matrix, and a gigabyte."""
+def _peak_bytes(blocks: list[BlockPlan], config: QuantConfig, tokens: int, itemsize: int) -> int:
+    """Twice the largest block, the activations between blocks, the Gram matrices that exist at once and two more of the
+    largest to compute with (four for gptq, which factorizes it), and a gigabyte."""
     worked = [block for block in blocks if block.quantized]
     if not worked:
         return GIB
     block = max(block.parameters for block in worked) * itemsize
-    hidden = max(linear.in_features for linear in worked[0].quantized[:1])
-    gram = max(linear.in_features for block_ in worked for linear in block_.quantized) ** 2 * 4 if tokens else 0
-    return 2 * block + tokens * hidden * itemsize + 3 * gram + GIB
+    if not tokens:
+        return 2 * block + GIB
+    hidden = worked[0].quantized[0].in_features
+    largest = max(linear.in_features for block_ in worked for linear in block_.quantized) ** 2 * 4
+    grams = max(gram_bytes(block_) for block_ in worked)
+    working = (4 if config.rounding == "gptq" else 2) * largest
+    return 2 * block + tokens * hidden * itemsize + grams + working + GIB

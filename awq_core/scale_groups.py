@@ -1,7 +1,7 @@
 """From declared scale groups to checked ones: globs expanded, shapes compared, impossible folds set aside.
 
-A declaration that cannot be right raises; a group that merely does not apply here (grouped-query attention makes v
-narrower than o's input) is skipped with its reason.
+A declaration that cannot be right raises; a group that merely does not apply here (a norm without a weight) is skipped
+with its reason.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from torch import nn
 
 from awq_core.errors import PlanError
 from awq_core.hooks.types import ScaleGroup
+from awq_core.shared_heads import SharedHeads, shared_heads
 
 
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
-    """A scale group with its globs resolved; paths are relative to the block."""
+    """A scale group with its globs resolved; paths are relative to the block. `shared` says which channels have one
+    scale, where `prev` writes fewer than its readers take."""
 
     prev: str
     layers: tuple[str, ...]
@@ -28,6 +30,7 @@ class GroupPlan:
     observe: str
     norm_offset: float
     prev_rows: str
+    shared: SharedHeads | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +80,12 @@ def resolve_groups(
                 if name in claimed:
                     raise PlanError(f"{where}: {name} is in two scale groups: {claimed[name]} and {prev}")
                 claimed[name] = prev
-            why = _unfoldable(prev, layers, compensate, modules, group, where)
-            if why:
-                skipped.append(Skip(f"{prev} -> {', '.join(layers)}", why, layers))
+            fit = _fit(prev, layers, compensate, modules, group, where)
+            if isinstance(fit, str):
+                skipped.append(Skip(f"{prev} -> {', '.join(layers)}", fit, layers))
                 continue
-            groups.append(
-                GroupPlan(prev, layers, compensate, (*observe, *layers)[0], group.norm_offset, group.prev_rows)
-            )
+            observe = (*observe, *layers)
+            groups.append(GroupPlan(prev, layers, compensate, observe[0], group.norm_offset, group.prev_rows, fit))
     return tuple(groups), tuple(skipped)
 
 
@@ -107,15 +109,16 @@ def _bind(patterns: tuple[str, ...], glob: str, prev: str, modules: dict[str, An
     return tuple(names)
 
 
-def _unfoldable(
+def _fit(
     prev: str,
     layers: tuple[str, ...],
     compensate: tuple[str, ...],
     modules: dict[str, nn.Module],
     group: ScaleGroup,
     where: str,
-) -> str:
-    """Why 1/s cannot be folded into `prev`, or nothing. Raises PlanError where the declaration must be wrong."""
+) -> SharedHeads | str | None:
+    """Which channels share a scale (None: each has its own), or why 1/s cannot be folded into `prev`. Raises PlanError
+    where the declaration must be wrong."""
     for name in layers:
         if not isinstance(modules[name], nn.Linear):
             raise PlanError(f"{where}.{name} is not a linear", hint="awq_prepare_model can turn it into one")
@@ -131,11 +134,15 @@ def _unfoldable(
     if isinstance(module, nn.Linear):
         rows = module.out_features
         if rows == width or (group.prev_rows == "last" and rows > width):
-            return ""
-        return f"{prev} writes {rows} channels, its reader takes {width} (grouped-query attention shares value heads)"
+            return None
+        why = f"{prev} writes {rows} channels, its reader takes {width}"
+        if rows > width or group.prev_rows == "last":
+            return why
+        shared = shared_heads(rows, width, modules[""], group.head_dim)
+        return f"{why} ({shared})" if isinstance(shared, str) else shared
     weight = getattr(module, "weight", None)
     if weight is None:
         return f"{prev} has no weight to fold into: the format holds no activation scales"
     if weight.ndim != 1 or weight.numel() != width:
         raise PlanError(f"{where}: norm {prev} has shape {tuple(weight.shape)}, its readers take {width}")
-    return ""
+    return None

@@ -179,13 +179,13 @@ def test_quantizing_a_quantized_model(saved, no_gpu, one_line):
 
 def test_a_folder_that_holds_a_model_is_not_overwritten(saved, llama_source, corpus, tmp_path, one_line):
     target = shutil.copytree(saved, tmp_path / "taken")
-    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
     model = AutoAWQForCausalLM.from_pretrained(llama_source)
     model.quantize(quant_config=QUANT_CONFIG, calib_data=corpus, **SMALL)
     with pytest.raises(OutputError) as caught:
         model.save_quantized(target)
     one_line(caught.value, target, "already holds a model")
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
 
 
 def test_pickle_is_refused(tmp_path, llama_source, corpus, one_line):
@@ -200,11 +200,11 @@ def test_a_full_disk_while_saving(tmp_path, llama_source, corpus, monkeypatch, o
     model = AutoAWQForCausalLM.from_pretrained(llama_source)
     model.quantize(quant_config=QUANT_CONFIG, calib_data=corpus, **SMALL)
 
-    copy, files = shutil.copy2, len(list(model.result.out.iterdir()))
+    copy, files = shutil.copy2, sum(path.is_file() for path in model.result.out.rglob("*"))
     for room in range(files):
 
         def full(source, target, out=tmp_path / f"out-{room}", room=room):
-            if len(list(out.iterdir())) == room:
+            if sum(path.is_file() for path in out.rglob("*")) == room:
                 raise OSError(errno.ENOSPC, "No space left on device")
             copy(source, target)
 

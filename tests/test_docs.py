@@ -436,7 +436,7 @@ def test_commands_exist(page):
 
 def test_every_option_is_described():
     text = (DOCS / "quantize.md").read_text(encoding="utf-8")
-    for name in ("quantize", "plan", "eval", "generate"):
+    for name in ("quantize", "plan", "eval", "compare", "generate"):
         command = cli.get_command(click.Context(cli), name)
         for param in command.params:
             for option in param.opts if isinstance(param, click.Option) else ():

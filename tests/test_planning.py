@@ -22,6 +22,7 @@ from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.errors import ConfigError, PlanError, UnsupportedModelError
 from awq_core.hooks import Architecture, ComponentPolicy, LayerStack, ScaleGroup, hookimpl, presets
 from awq_core.hooks.manager import PluginManager
+from awq_core.shared_heads import SharedHeads
 from awq_core.testing import save_tiny
 
 LANGUAGE = LayerStack(component="language", blocks="model.layers")
@@ -105,18 +106,21 @@ def test_every_linear_has_a_fate(planned, llama_config):
         assert clipped == set(LINEARS) - {"self_attn.q_proj", "self_attn.k_proj"}
         assert [(group.prev, group.layers) for group in block.groups] == [
             ("input_layernorm", LINEARS[:3]),
+            ("self_attn.v_proj", ("self_attn.o_proj",)),
             ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
             ("mlp.up_proj", ("mlp.down_proj",)),
         ]
-        assert [skip.layers for skip in block.skipped] == [("self_attn.o_proj",)]  # 2 key-value heads for 4 queries
+        assert block.groups[1].shared == SharedHeads(repeats=2, head_dim=16)  # 2 key-value heads for 4 queries
+        assert not block.skipped
     assert [linear.name for linear in plan.outside] == ["lm_head"]
     assert plan.outside[0].reason and not plan.outside[0].quantize
     assert (plan.family, plan.plugin, plan.dist) == ("llama", "llama", "awq-plugin-llama")
 
 
-def test_multi_head_attention_has_a_fourth_group(planned, llama_config):
+def test_multi_head_attention_shares_nothing(planned, llama_config):
     plan = planned(llama_config(num_key_value_heads=4))
     assert ("self_attn.v_proj", ("self_attn.o_proj",)) in [(g.prev, g.layers) for g in plan.blocks[0].groups]
+    assert {group.shared for group in plan.blocks[0].groups} == {None}
     assert not plan.blocks[0].skipped
 
 
@@ -158,7 +162,9 @@ def test_a_group_size_that_does_not_divide_keeps_the_linear(planned, llama_confi
     assert set(kept) == {f"model.layers.{i}.mlp.down_proj" for i in range(2)}
     assert set(kept.values()) == {"group size 64 does not divide its 96 inputs"}
     for block in plan.blocks:
-        assert [group.prev for group in block.groups] == ["input_layernorm", "post_attention_layernorm"]
+        assert [group.prev for group in block.groups] == [
+            *("input_layernorm", "self_attn.v_proj", "post_attention_layernorm")
+        ]
         assert ("mlp.up_proj", "its readers are kept") in [(skip.where, skip.why) for skip in block.skipped]
 
 
@@ -418,3 +424,5 @@ def test_peak_memory_does_not_grow_with_depth(planned, llama_config):
     assert wide.peak_bytes > shallow.peak_bytes
     without = planned(llama_config(), scale=False, clip="none")
     assert without.peak_bytes < shallow.peak_bytes
+    feedback = planned(llama_config(), rounding="gptq")
+    assert feedback.peak_bytes == shallow.peak_bytes + 2 * 96 * 96 * 4, "a factor of the widest input's Gram matrix"

@@ -1,11 +1,14 @@
 """Declared groups against blocks built by hand: what the globs bind, what is skipped, what is refused."""
 
+from dataclasses import replace
+
 import pytest
 from torch import nn
 
 from awq_core.errors import PlanError
 from awq_core.hooks import ScaleGroup
 from awq_core.scale_groups import expand, resolve_groups
+from awq_core.shared_heads import SharedHeads
 
 
 def tree(modules: dict[str, nn.Module]) -> nn.Module:
@@ -121,11 +124,42 @@ def test_multi_head_attention_scales_its_output_projection():
     assert not skipped
 
 
-def test_grouped_query_attention_leaves_it_alone():
-    groups, (skip,) = resolve_groups(attention(key_value=16), [QKV, OUT])
+@pytest.mark.parametrize(
+    ("size", "path", "why"),
+    [
+        (4, "", "head_dim says how"),  # nothing declared
+        (None, "attn.size", "attn.size is no size"),
+        ("4", "attn.size", "attn.size is no size"),
+        (0, "attn.size", "attn.size is no size"),
+        (3, "attn.size", "heads of 3 channels"),
+        (4, "attn.typo.size", "attn.typo.size is no size"),
+    ],
+)
+def test_grouped_query_attention_without_a_head_size_is_skipped(size, path, why):
+    block = attention(key_value=16)
+    block.attn.size = size
+    groups, (skip,) = resolve_groups(block, [QKV, replace(OUT, head_dim=path)])
     assert [group.prev for group in groups] == ["norm"]
     assert skip.where == "attn.v -> attn.o" and skip.layers == ("attn.o",)
-    assert "16 channels" in skip.why and "takes 32" in skip.why
+    assert "16 channels" in skip.why and "takes 32" in skip.why and why in skip.why
+
+
+@pytest.mark.parametrize(("key_value", "shared"), [(8, SharedHeads(4, 4)), (16, SharedHeads(2, 4)), (32, None)])
+def test_grouped_query_attention_shares_scales(key_value, shared):
+    block = attention(key_value=key_value)
+    block.attn.size = 4
+    groups, skipped = resolve_groups(block, [QKV, replace(OUT, head_dim="attn.size")])
+    assert [group.shared for group in groups] == [None, shared] and not skipped
+
+
+@pytest.mark.parametrize("key_value", [12, 20, 64])
+def test_heads_that_do_not_divide_are_skipped(key_value):
+    """12 and 20 of 32 inputs are no whole number of repeats; 64 is more than the reader takes."""
+    block = attention(key_value=key_value)
+    block.attn.size = 4
+    groups, (skip,) = resolve_groups(block, [QKV, replace(OUT, head_dim="attn.size")])
+    assert [group.prev for group in groups] == ["norm"]
+    assert f"writes {key_value} channels, its reader takes 32" in skip.why
 
 
 @pytest.mark.parametrize(("rows", "prev_rows", "folded"), [(96, "last", True), (96, "all", False), (16, "last", False)])

@@ -21,12 +21,19 @@ FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = (
     ("awq_core.testing",),  # the conformance kit uses everything
     ("awq_core.cli",),
-    ("awq_core.api", "awq_core.compat", "awq_core.model_card"),
+    ("awq_core.api", "awq_core.compat", "awq_core.model_card", "awq_core.recipe"),
     ("awq_core.quantization", "awq_core.runtime", "awq_core.evaluation", "awq_core.exporters", "awq_core.integrations"),
     ("awq_core.calibration", "awq_core.checkpoint", "awq_core.kernels", "awq_core.modules"),
-    ("awq_core.planning", "awq_core.scale_groups", "awq_core.skeleton"),
+    (
+        "awq_core.planning",
+        "awq_core.plan_types",
+        "awq_core.passes",
+        "awq_core.scale_groups",
+        "awq_core.shared_heads",
+        "awq_core.skeleton",
+    ),
     ("awq_core.hooks",),
-    ("awq_core.config", "awq_core.errors", "awq_core.devices", "awq_core.version"),
+    ("awq_core.config", "awq_core.errors", "awq_core.devices", "awq_core.gemm", "awq_core.version"),
 )
 # The package itself imports its public names lazily, on behalf of whoever asks; it holds nothing else.
 PACKAGE = "awq_core"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from awq_core.errors import NumericsError
+from awq_core.gemm import add_gram_, mirror_, times_symmetric
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,12 @@ class StatisticsAccumulator:
         rows = x.detach().reshape(-1, x.shape[-1])
         if mask is not None and mask.numel() == rows.shape[0]:
             rows = rows[mask.reshape(-1)]
-        rows = rows.float()
         self.n += rows.shape[0]
-        self._gram.addmm_(rows.T, rows)
-        self._abs += rows.abs().sum(0)
-        self._sum += rows.sum(0)
+        dtype = rows.dtype if rows.is_cuda else torch.float32
+        columns = torch.empty(rows.shape[::-1], dtype=dtype, device=rows.device).copy_(rows.T)
+        add_gram_(self._gram, columns)
+        self._abs += torch.linalg.vector_norm(columns, 1, dim=1, dtype=torch.float32)
+        self._sum += columns.sum(1, dtype=torch.float32)
 
     def finish(self, name: str) -> Statistics:
         """The statistics; `name` is the layer, for messages.
@@ -67,7 +69,8 @@ class StatisticsAccumulator:
             NumericsError: NaN or inf among the activations.
         """
         n = max(self.n, 1)
-        result = Statistics(self.n, self._gram / n, self._abs / n, self._sum / n)
+        mirror_(self._gram)
+        result = Statistics(self.n, self._gram.div_(n), self._abs / n, self._sum / n)
         if not torch.isfinite(result.gram).all():
             raise NumericsError(
                 f"the input of {name} holds NaN or inf during calibration",
@@ -78,4 +81,4 @@ class StatisticsAccumulator:
 
 def output_loss(error: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """Squared output error of each row, `[out]`: diag(D H Dᵀ) for D `[out, in]`, H `[in, in]`."""
-    return (error @ gram).mul_(error).sum(-1)
+    return torch.linalg.vecdot(times_symmetric(error, gram), error)

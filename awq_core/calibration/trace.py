@@ -8,6 +8,9 @@ Most models hand one block's output straight to the next. Where the model adds s
 added after the early blocks), the stub sees a tensor other than the one it returned, and the difference is kept:
 
     input of block i = output of block i-1 + between_i
+
+Inputs and differences are kept in memory or in a file (`awq_core.calibration.offload`). Masks and rotary tables stay in
+memory: a model makes them once a batch, for all of its blocks.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from awq_core.calibration.offload import Offloaded, OffloadFile, load
 from awq_core.errors import PlanError
 
 HIDDEN = "hidden_states"
@@ -33,7 +37,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     keyword: bool
-    between: torch.Tensor | None = None
+    between: torch.Tensor | Offloaded | None = None
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The block's output for `hidden` (`[batch, tokens, hidden]`)."""
@@ -49,23 +53,27 @@ class StackInputs:
     """What a stack of blocks is fed.
 
     Attributes:
-        hidden: per batch, the input of the block that is worked next.
+        hidden: per batch, the input of the block that is worked next, or where it is kept.
         calls: `[block][batch]`.
         masks: per batch, True for tokens that are no padding, or None.
     """
 
-    hidden: list[torch.Tensor] = field(default_factory=list)
+    hidden: list[torch.Tensor | Offloaded] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
     masks: list[torch.Tensor | None] = field(default_factory=list)
 
     def advance(self, index: int, block: nn.Module) -> None:
-        """Replace the inputs of block `index` by those of the next block."""
-        last = index + 1 == len(self.calls)
+        """Replace the inputs of block `index` by those of the next block; nothing reads what the last one gives."""
+        following = self.calls[index + 1] if index + 1 < len(self.calls) else []
         with torch.no_grad():
-            for batch, call in enumerate(self.calls[index]):
-                out = call.run(block, self.hidden[batch])
-                between = None if last else self.calls[index + 1][batch].between
-                self.hidden[batch] = out if between is None else out + between
+            for batch, (call, after) in enumerate(zip(self.calls[index], following, strict=False)):
+                out = call.run(block, load(self.hidden[batch]))
+                out = (out if after.between is None else out + load(after.between)).contiguous()
+                kept = self.hidden[batch]
+                if isinstance(kept, Offloaded):
+                    kept.store(out)
+                else:
+                    self.hidden[batch] = out
         self.calls[index] = []
 
 
@@ -83,16 +91,22 @@ def record(
     batches: Sequence[dict[str, torch.Tensor]],
     *,
     device: torch.device | str = "cpu",
+    offload: OffloadFile | None = None,
 ) -> StackInputs:
     """Run `model` on each batch with stubs for `blocks`.
 
     Args:
         batches: keyword arguments of the model; "attention_mask", where present, also says which tokens are padding.
+        offload: where inputs are kept instead of in memory. What it held before is forgotten.
+
+    Raises:
+        PlanError: the model calls its blocks in a way that cannot be followed.
+        OutputError: the disk cannot take the inputs.
     """
     try:
-        return _record(model, blocks, batches, returns_tuple=False, device=device)
+        return _record(model, blocks, batches, returns_tuple=False, device=device, offload=offload)
     except _TupleExpected:
-        return _record(model, blocks, batches, returns_tuple=True, device=device)
+        return _record(model, blocks, batches, returns_tuple=True, device=device, offload=offload)
 
 
 def _record(
@@ -102,9 +116,15 @@ def _record(
     *,
     returns_tuple: bool,
     device: torch.device | str,
+    offload: OffloadFile | None,
 ) -> StackInputs:
     inputs = StackInputs(calls=[[] for _ in blocks])
     returned: list[torch.Tensor] = []
+    if offload:
+        offload.clear()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor | Offloaded:
+        return offload.keep(tensor) if offload else tensor.contiguous()
 
     def stub(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -119,13 +139,13 @@ def _record(
             kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
             call = Call(args[1:], kwargs, keyword)
             if index == 0:
-                inputs.hidden.append(hidden)
+                inputs.hidden.append(keep(hidden))
             elif hidden is not returned[-1]:
                 if hidden.ndim < returned[-1].ndim:
                     # The model took the first member of what the block returned: blocks return tuples here.
                     raise _TupleExpected
                 difference = hidden - returned[-1]
-                call.between = difference if torch.any(difference) else None
+                call.between = keep(difference) if torch.any(difference) else None
             returned[:] = [hidden]
             inputs.calls[index].append(call)
             if index + 1 == len(blocks):

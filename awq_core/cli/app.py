@@ -18,14 +18,14 @@ from typing import Any, NoReturn
 import click
 
 from awq_core import __version__
-from awq_core.cli.output import DOCUMENT, one_line
+from awq_core.cli.output import DOCUMENT, JSON, one_line
 from awq_core.errors import AwqError
 
-JSON = "awq.json"
 INTERRUPTED = 130
 
 # name -> (module, attribute, short help). The help is here so that listing the commands imports none of them.
 COMMANDS: dict[str, tuple[str, str, str]] = {
+    "compare": ("awq_core.cli.compare", "compare", "Compare two quantized folders of one model."),
     "demo": ("awq_core.cli.demo", "demo", "Quantize the example model and compare the results."),
     "eval": ("awq_core.cli.eval", "evaluate", "Perplexity of a model, and its distance from the original."),
     "generate": ("awq_core.cli.generate", "generate", "Continue a prompt with a model."),

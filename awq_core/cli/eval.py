@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from awq_core.cli.options import device_option, json_option, plugin_option, trust_option
+from awq_core.cli.options import (
+    device_option,
+    json_option,
+    plugin_option,
+    split_option,
+    text_option,
+    trust_option,
+)
 from awq_core.cli.output import note, print_json
 
 BUILTIN_WINDOWS = 16
@@ -39,13 +46,8 @@ Without --text: source of the Python standard library, 16 windows unless
 """,
 )
 @click.argument("model", metavar="DIR")
-@click.option(
-    "--text",
-    "source",
-    metavar="FILE|DATASET",
-    help="Text to measure on.  [default: the Python standard library's source]",
-)
-@click.option("--split", help="Split of a hub dataset.  [default: train]")
+@text_option
+@split_option
 @click.option("--against", metavar="ORIGINAL", help="The unquantized model: folder or hub name.")
 @click.option(
     "--window",

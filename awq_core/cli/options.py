@@ -19,6 +19,13 @@ trust_option = click.option(
 device_option = click.option(
     "--device", default="auto", metavar="DEVICE", help="cpu, cuda, cuda:1; auto is CUDA where there is one."
 )
+text_option = click.option(
+    "--text",
+    "source",
+    metavar="FILE|DATASET",
+    help="Text to measure on.  [default: the Python standard library's source]",
+)
+split_option = click.option("--split", help="Split of a hub dataset.  [default: train]")
 
 
 class Components(click.ParamType):
@@ -46,6 +53,20 @@ _WEIGHTS: tuple[Decorator, ...] = (
     click.option("--bits", type=int, default=4, help="Bits a weight; AWQ checkpoints hold 4."),
     click.option("--rounding", type=click.Choice(ROUNDINGS), default="nearest", help="How codes are chosen."),
     click.option(
+        "--max-flip-percent",
+        type=click.FloatRange(0, 1),
+        metavar="F",
+        default=0.01,
+        help="Of --rounding heuristic: most flips an output, as a fraction of its inputs.",
+    ),
+    click.option(
+        "--knee-tolerance",
+        type=float,
+        metavar="F",
+        default=0.0,
+        help="Of --rounding heuristic: protect more outlier channels.",
+    ),
+    click.option(
         "--no-scale", is_flag=True, help="Do not search scales. Switches the clip off too, unless --clip is given."
     ),
     click.option(
@@ -58,6 +79,12 @@ _WEIGHTS: tuple[Decorator, ...] = (
         type=Components(),
         multiple=True,
         help="Keep or quantize one component, against its plugin's policy: vision=keep, vision=4bit. Repeatable.",
+    ),
+    click.option(
+        "--keep",
+        metavar="NAME",
+        multiple=True,
+        help="Linears whose full name contains NAME stay as they are. Repeatable.",
     ),
     click.option("--samples", type=click.IntRange(min=1), metavar="N", default=128, help="Calibration samples."),
     click.option("--seq-len", type=click.IntRange(min=1), metavar="N", default=512, help="Tokens in each sample."),
@@ -84,15 +111,24 @@ def given_options(ctx: click.Context, leave_out: Sequence[str] = ("as_json",)) -
     return words
 
 
+def from_recipe(name: str) -> bool:
+    """Whether the value of an option was read from a recipe, over which everything typed wins."""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.get_parameter_source(name) is click.core.ParameterSource.DEFAULT_MAP
+
+
 def make_config(
     *,
     group_size: int,
     bits: int,
     rounding: str,
+    max_flip_percent: float = 0.01,
+    knee_tolerance: float = 0.0,
     no_scale: bool,
     clip: str | None,
     no_clip: bool,
     components: Sequence[tuple[str, str]],
+    keep: Sequence[str] = (),
     seed: int = 0,
 ) -> QuantConfig:
     """The configuration that options ask for.
@@ -104,7 +140,7 @@ def make_config(
         ConfigError: a value this format cannot hold.
         click.UsageError: options that contradict one another.
     """
-    if no_clip and clip not in (None, "none"):
+    if no_clip and clip not in (None, "none") and not from_recipe("clip"):
         raise click.UsageError(f"--no-clip and --clip {clip} contradict one another")
     chosen: dict[str, str] = {}
     for name, choice in components:
@@ -116,6 +152,9 @@ def make_config(
         scale=not no_scale,
         clip="none" if no_clip else clip or ("none" if no_scale else "asymmetric"),
         rounding=rounding,
+        max_flip_percent=max_flip_percent,
+        knee_tolerance=knee_tolerance,
         components=chosen,
+        modules_to_not_convert=tuple(keep),
         seed=seed,
     )

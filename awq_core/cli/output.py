@@ -14,7 +14,9 @@ from typing import Any
 
 import click
 
+# What a context remembers: the command has printed its one document; it was asked for JSON.
 DOCUMENT = "awq.document"
+JSON = "awq.json"
 
 
 def print_json(value: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from awq_core.cli.options import given_options, json_option, make_config, plugin_option, trust_option, weight_options
+from awq_core.cli.recipe import recipe_option
 
 
 @click.command(
@@ -14,12 +15,14 @@ from awq_core.cli.options import given_options, json_option, make_config, plugin
 Examples:
   awq plan MODEL
   awq plan MODEL --group-size 32 --component vision=4bit
+  awq plan --recipe recipe.yaml
   awq plan org/name --json > plan.json
 \b
 MODEL is a folder or a hub name; of a hub model, only the small files are fetched.
 """
 )
 @click.argument("model")
+@recipe_option
 @weight_options
 @plugin_option
 @trust_option
@@ -28,6 +31,7 @@ MODEL is a folder or a hub name; of a hub model, only the small files are fetche
 def plan(
     ctx: click.Context,
     model: str,
+    recipe: str | None,
     samples: int,
     seq_len: int,
     plugin: str | None,
@@ -54,4 +58,6 @@ def plan(
         return
     for line in describe(decided):
         click.echo(line)
+    for name in decided.unused_names():
+        note(f"no linear's name contains {name!r}: nothing is kept by it")
     note(f"\nnext: {command_line('awq', 'quantize', model, *given_options(ctx), '--out', 'DIR')}")

@@ -8,7 +8,7 @@ from typing import Any
 from awq_core.cli.collapse import collapse, ranges
 from awq_core.cli.output import plural
 from awq_core.model_card import size_text
-from awq_core.planning import BlockPlan, LinearPlan, Plan
+from awq_core.plan_types import BlockPlan, LinearPlan, Plan
 
 
 def describe(plan: Plan) -> Iterator[str]:
@@ -32,7 +32,7 @@ def method(plan: Plan) -> str:
     steps = [f"{config.bits} bits in groups of {size}"]
     steps += ["activation-aware scales"] if config.scale else []
     steps += [f"{config.clip} clip"] if config.clip != "none" else []
-    steps += [f"rounding to {config.rounding}"]
+    steps += ["round to nearest" if config.rounding == "nearest" else f"{config.rounding} rounding"]
     steps += [] if config.needs_calibration else ["no calibration"]
     return ", ".join(steps)
 
@@ -68,6 +68,7 @@ def _groups(plan: Plan) -> Iterator[str]:
         lines = []
         for group in block.groups:
             extra = f"  [compensated: {', '.join(collapse(group.compensate))}]" if group.compensate else ""
+            extra += f"  [{group.shared.repeats} query heads share each scale]" if group.shared else ""
             lines.append(f"{group.prev} -> {', '.join(collapse(group.layers))}{extra}")
         yield from (f"    {line}" for line in collapse(lines, linked=True))
         alone = [name for name in (_local(linear, block) for linear in block.quantized) if name not in grouped]

@@ -45,19 +45,26 @@ def loss_text(event: BlockDone) -> str:
     return f"error {event.loss_rtn:.3g} -> {event.loss:.3g}{change}"
 
 
+def memory_text(event: BlockDone) -> str:
+    """Memory in use when the block was done: "1.2 GB in use"."""
+    from awq_core.model_card import size_text
+
+    return f"{size_text(event.memory_bytes)} in use"
+
+
 def block_text(event: BlockDone, left: float) -> str:
     """One line of a log."""
     parts = [f"block {event.done}/{event.total}", event.path, duration(event.seconds)]
     parts += [f"{duration(left)} left"] if event.done < event.total else []
     parts += [loss_text(event)] if event.loss is not None else []
-    return "  ".join(parts)
+    return "  ".join([*parts, memory_text(event)])
 
 
 @contextmanager
 def quantizing(as_json: bool, indent: str = "") -> Iterator[Events]:
     """A receiver for the events of `awq_core.quantize`; `indent` goes before each line."""
     if as_json:
-        yield _json_lines
+        yield _json_lines()
     elif watched():
         with _bar(indent) as events:
             yield events
@@ -65,11 +72,20 @@ def quantizing(as_json: bool, indent: str = "") -> Iterator[Events]:
         yield _lines(indent)
 
 
-def _json_lines(event: Phase | BlockDone) -> None:
+def _json_lines() -> Events:
     from dataclasses import asdict
 
-    kind = "block" if hasattr(event, "done") else "phase"
-    print_json_line({"event": kind, **asdict(event)})
+    from awq_core.api import Phase
+
+    pace = Pace()
+
+    def receive(event: Phase | BlockDone) -> None:
+        if isinstance(event, Phase):
+            print_json_line({"event": "phase", **asdict(event)})
+        else:
+            print_json_line({"event": "block", **asdict(event), "seconds_left": round(pace.left(event), 2)})
+
+    return receive
 
 
 def _lines(indent: str) -> Events:
@@ -103,6 +119,7 @@ def _bar(indent: str) -> Iterator[Events]:
             parts = [f"{pace.seconds / event.done:.1f} s a block"]
             parts += [f"{duration(left)} left"] if event.done < event.total else []
             parts += [loss_text(event)] if event.loss is not None else []
+            parts += [memory_text(event)]
             progress.update(task, completed=event.done, total=event.total, detail=", ".join(parts), visible=True)
 
         yield receive

@@ -16,6 +16,7 @@ from awq_core.cli.options import (
     weight_options,
 )
 from awq_core.cli.output import command_line, duration, note, print_json_line, weight_bytes
+from awq_core.cli.recipe import recipe_option
 
 if TYPE_CHECKING:
     from awq_core.api import QuantizeResult
@@ -27,6 +28,8 @@ Examples:
   awq quantize MODEL --out DIR
   awq quantize MODEL --out DIR --calib corpus.jsonl --samples 256
   awq quantize MODEL --out DIR --group-size 32 --component vision=keep
+  awq quantize --recipe recipe.yaml --out DIR
+  awq quantize MODEL --out DIR --group-size 64 --reuse EARLIER
   awq quantize MODEL --out DIR --rounding nearest --no-scale
 \b
 The last is round-to-nearest without calibration: --no-scale switches the clip
@@ -44,17 +47,23 @@ With --json, stdout has one JSON object a line: phases, blocks, then the result.
     help="Text to calibrate on: a file, a folder of texts or captioned images, a hub dataset.  "
     "[default: the Python standard library's source]",
 )
+@recipe_option
 @weight_options
 @plugin_option
 @device_option
 @click.option("--dtype", default="auto", help="Of activations while calibrating: float32, bfloat16.")
 @click.option("--seed", type=int, default=0, help="Draws the calibration samples.")
+@click.option("--offload", metavar="DIR", help="Keep the activations between blocks on DIR's disk, not in memory.")
+@click.option(
+    "--reuse", metavar="DIR", help="Take scales, and ranges at the same group size, from a finished run on MODEL."
+)
 @click.option("--restart", is_flag=True, help="Clear an unfinished run in DIR instead of resuming it.")
 @trust_option
 @json_option
 def quantize(
     model: str,
     out: str,
+    recipe: str | None,
     calib: str | None,
     samples: int,
     seq_len: int,
@@ -62,6 +71,8 @@ def quantize(
     device: str,
     dtype: str,
     seed: int,
+    offload: str | None,
+    reuse: str | None,
     restart: bool,
     trust_remote_code: bool,
     as_json: bool,
@@ -87,6 +98,8 @@ def quantize(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             restart=restart,
+            offload=offload,
+            reuse=reuse,
             progress=progress,
         )
     for text in result.calibration.notes if result.calibration else ():

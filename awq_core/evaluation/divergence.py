@@ -89,7 +89,7 @@ def divergence(
     rows = []
     with evaluating(reference, candidate):
         for number, ids in enumerate(windows):
-            rows.append(_compare(logits_of(reference, ids), logits_of(candidate, ids)))
+            rows.append(compare_logits(logits_of(reference, ids), logits_of(candidate, ids)))
             if not bool(rows[-1].isfinite().all()):
                 raise NumericsError(f"the divergence in window {number} is not finite", hint="try bfloat16 or float32")
             if progress:
@@ -110,8 +110,11 @@ def divergence(
     )
 
 
-def _compare(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
-    """KL, top-1 and top-5 agreement at each position of logits `[tokens, vocabulary]`: `[3, tokens]` fp64, on CPU."""
+def compare_logits(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+    """KL, top-1 and top-5 agreement at each position of logits `[tokens, vocabulary]`: `[3, tokens]` fp64, on CPU.
+
+    Raises: ConfigError where the vocabularies differ.
+    """
     if reference.shape != candidate.shape:
         raise ConfigError(
             f"the models' vocabularies differ: {reference.shape[-1]} and {candidate.shape[-1]} logits",

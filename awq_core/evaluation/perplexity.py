@@ -90,15 +90,10 @@ def perplexity(
     total = 0.0
     with evaluating(model):
         for number, ids in enumerate(windows):
-            logits = logits_of(model, ids)[:-1]
-            targets = ids[1:].to(logits.device)
-            loss = 0.0
-            for part, target in zip(logits.split(CHUNK), targets.split(CHUNK), strict=True):
-                log_p = part.float().log_softmax(-1)
-                loss -= float(log_p.gather(-1, target[:, None]).double().sum())
+            loss = window_loss(logits_of(model, ids), ids)
             if not math.isfinite(loss):
                 raise NumericsError(f"the loss of window {number} is {loss}", hint="try bfloat16 or float32")
-            total += loss / (len(ids) - 1)
+            total += loss
             if progress:
                 progress(number + 1, len(windows))
     count, length = windows.shape
@@ -112,6 +107,16 @@ def perplexity(
     if length < limit:
         protocol = f"one window of {length} tokens, the whole text"
     return PerplexityResult(value, nll, count * (length - 1), count, length, protocol)
+
+
+def window_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    """Mean loss, nats a token, of the ids `[tokens]` of one window but the first, given its logits."""
+    logits, targets = logits[:-1], ids[1:].to(logits.device)
+    loss = 0.0
+    for part, target in zip(logits.split(CHUNK), targets.split(CHUNK), strict=True):
+        log_p = part.float().log_softmax(-1)
+        loss -= float(log_p.gather(-1, target[:, None]).double().sum())
+    return loss / len(targets)
 
 
 def fitting_window(wanted: int, *models: Any) -> int:

@@ -11,12 +11,12 @@ from awq_core.hooks.types import ScaleGroup
 def attention(
     norm: str = "input_layernorm", *, attn: str = "self_attn", out: str = "o_proj", norm_offset: float = 0.0
 ) -> tuple[ScaleGroup, ...]:
-    """norm -> q, k, v and v -> o. Under grouped-query attention v is narrower than o's input; the planner then
-    leaves o unscaled and says so."""
+    """norm -> q, k, v and v -> o. Under grouped-query attention query heads that share a value head share its scales;
+    how wide a head is, the attention's `head_dim` says."""
     q, k, v = (f"{attn}.{name}_proj" for name in "qkv")
     return (
         ScaleGroup(prev=norm, layers=(q, k, v), no_clip=(q, k), norm_offset=norm_offset),
-        ScaleGroup(prev=v, layers=(f"{attn}.{out}",)),
+        ScaleGroup(prev=v, layers=(f"{attn}.{out}",), head_dim=f"{attn}.head_dim"),
     )
 
 

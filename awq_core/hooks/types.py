@@ -50,6 +50,8 @@ class ScaleGroup:
         norm_offset: 1.0 for norms that multiply by `1 + weight` (Gemma), else 0.0.
         prev_rows: "all", or "last" where only the last rows of `prev` feed the readers (fused qkv, fused gate_up).
         optional: the group may be absent from a block (hybrid and dense/MoE stacks).
+        head_dim: path of the attribute that holds the channels of one head ("self_attn.head_dim"), for a value linear
+            whose heads each serve several consecutive query heads. Those then have the same scales.
     """
 
     prev: str
@@ -60,6 +62,7 @@ class ScaleGroup:
     norm_offset: float = 0.0
     prev_rows: Literal["all", "last"] = "all"
     optional: bool = False
+    head_dim: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ plugin replaces the stack by this module, whose linears carry their on-disk name
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -19,8 +19,9 @@ class UnstackedExperts(nn.Module):
     """Same call as the stacked module: `forward(x [T, H], top_k_index [T, k], top_k_weights [T, k]) -> [T, H]`.
 
     Attributes:
-        calibrating: while True every expert is run on every token, so that its linears' inputs can be recorded even
-            where the router sends it none; the output is the routed one all the same.
+        calibrating: names of the experts ("0", "1", ...) whose linears' inputs are being recorded. While there are any,
+            these run on every token, even where the router sends them none, the others not at all, and what is
+            returned means nothing.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class UnstackedExperts(nn.Module):
         self.names = tuple(names)
         self.num_experts = num_experts
         self.act_fn = act_fn
-        self.calibrating = False
+        self.calibrating: Collection[str] = ()
         for expert in range(num_experts):
             linears = {
                 gate: nn.Linear(hidden_size, intermediate_size, bias=False, dtype=dtype, device=device),
@@ -57,14 +58,14 @@ class UnstackedExperts(nn.Module):
     ) -> torch.Tensor:
         out = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
-            token, slot = torch.where(top_k_index == expert)
             if self.calibrating:
-                rows = self.run_expert(expert, hidden_states)[token]
-            elif token.numel():
-                rows = self.run_expert(expert, hidden_states[token])
-            else:
+                if str(expert) in self.calibrating:
+                    self.run_expert(expert, hidden_states)
                 continue
-            out.index_add_(0, token, (rows * top_k_weights[token, slot, None]).to(out.dtype))
+            token, slot = torch.where(top_k_index == expert)
+            if token.numel():
+                rows = self.run_expert(expert, hidden_states[token])
+                out.index_add_(0, token, (rows * top_k_weights[token, slot, None]).to(out.dtype))
         return out
 
 

@@ -1,10 +1,11 @@
 """One block, quantized: scales, then clips, then codes, all decided on the statistics of its inputs.
 
-Weights stay as they were loaded until their codes are chosen; the scales found so far are two vectors a linear,
+The block stays as it was loaded until everything is decided; the scales found so far are two vectors a linear,
 
     W_eff = diag(1/rows) · W · diag(columns)
 
-applied in fp32 when a weight is looked at. So nothing is rounded twice.
+applied in fp32 when a weight is looked at. So nothing is rounded twice, and statistics may be collected part by part:
+each part is of the block as it was, and a linear's are dropped as soon as its codes are chosen.
 
 Losses are mean squared output errors in the units of the original output, tr(D H Dᵀ) / out, comparable before and
 after: `loss_rtn` is plain round-to-nearest of the original weight, `loss` is what is written.
@@ -12,27 +13,29 @@ after: `loss_rtn` is plain round-to-nearest of the original weight, `loss` is wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
 
-from awq_core.calibration.statistics import Statistics, output_loss
-from awq_core.checkpoint.pack import PackedLinear, pack_linear
+from awq_core.calibration.statistics import Statistics
+from awq_core.checkpoint.pack import PackedLinear, dequantize, pack_linear
 from awq_core.config import QuantConfig
 from awq_core.errors import NumericsError
-from awq_core.planning import BlockPlan, LinearPlan
-from awq_core.quantization import clip, scales
-from awq_core.quantization.fold import fold_norm, fold_rows
-from awq_core.quantization.rounding import decode, full_range, grouped, make_grid, nearest, round_trip
+from awq_core.plan_types import BlockPlan, LinearPlan
+from awq_core.quantization import codes, scales
+from awq_core.quantization.fold import fold_norm, fold_rows, tied
+from awq_core.quantization.reuse import Found
 from awq_core.scale_groups import GroupPlan
 
 
 @dataclass(frozen=True, slots=True)
 class LinearReport:
-    """What was decided for one linear; losses are None where no calibration was asked for."""
+    """What was decided for one linear; losses are None where no calibration was asked for. `clipped` is a share of
+    groups, `flipped` of codes, `masked` of input channels; `note` says why another rounding was used."""
 
     name: str
     tokens: int
@@ -41,6 +44,9 @@ class LinearReport:
     loss_rtn: float | None
     loss: float | None
     clipped: float
+    flipped: float = 0.0
+    masked: float = 0.0
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +57,24 @@ class QuantizedBlock:
         packed: checkpoint tensors by linear, named as in the model.
         changed: names, in the model, of other parameters that were modified (norms, biases, routers).
         reports: one a linear.
+        scales: s of each scale group, `[in]` fp32, by the path in the model of what absorbs it.
     """
 
     packed: dict[str, PackedLinear]
     changed: set[str]
     reports: list[LinearReport]
+    scales: dict[str, torch.Tensor]
 
 
 class _Weights:
-    """The block's linears with their pending row and column factors."""
+    """The block's linears with their pending row and column factors, and its other parameters that will change."""
 
     def __init__(self, block: nn.Module, path: str) -> None:
         self.block = block
         self.path = path
         self.rows: dict[str, torch.Tensor] = {}
         self.columns: dict[str, torch.Tensor] = {}
+        self.folded: dict[str, torch.Tensor] = {}
 
     def original(self, name: str) -> torch.Tensor:
         return self.block.get_parameter(f"{name}.weight").data.float()
@@ -78,66 +87,117 @@ class _Weights:
             weight = weight / self.rows[name][:, None]
         return weight
 
+    def changed(self, name: str) -> torch.Tensor:
+        """A parameter of the block as it will be, to be changed in place."""
+        if name not in self.folded:
+            self.folded[name] = self.block.get_parameter(name).data.clone()
+        return self.folded[name]
+
 
 def quantize_block(
     block: nn.Module,
     plan: BlockPlan,
-    statistics: dict[str, Statistics],
+    statistics: Iterable[dict[str, Statistics]],
     config: QuantConfig,
     step_dtype: torch.dtype,
     stored: Mapping[str, torch.dtype] | None = None,
+    found: Found | None = None,
 ) -> QuantizedBlock:
     """Quantize a block in place: its linears' weights become the dequantized ones, its norms absorb the scales.
 
     Args:
         block: materialised, on the device the search runs on.
-        statistics: by path of linear relative to the block; members of a scale group share one object. Empty when
-            `config.needs_calibration` is False.
+        statistics: in parts, each by path of linear relative to the block; members of a scale group share one object.
+            The block is unchanged until the last part was asked for. Empty when `config.needs_calibration` is False.
         step_dtype: dtype scales are stored in (fp16 or bf16).
         stored: dtype on disk by parameter name in the model, where it is not the one the block is worked in. What is
             folded is rounded to it at once, so that the codes are chosen for the norms that will really be there.
+        found: scales and ranges of an earlier run, taken instead of searching.
 
     Raises:
         NumericsError: a weight or scale that is NaN or inf.
     """
     weights = _Weights(block, plan.path)
-    changed: set[str] = set()
-    chosen: dict[str, scales.ScaleResult] = {}
-    seen = {name: statistic for name, statistic in statistics.items() if statistic.n}
     linears = {_local(linear, plan): linear for linear in plan.quantized}
-    loss_rtn = {
-        name: _rtn_loss(weights.original(name), seen[name].gram, linear.group_size, step_dtype)
-        for name, linear in linears.items()
-        if name in seen
-    }
-    for group in plan.groups if config.scale else ():
-        first = group.layers[0]
-        if first not in seen:
-            continue
-        readers = partial(map, weights.effective, group.layers)
-        result = scales.search(readers, seen[first], linears[first].group_size, step_dtype)
+    waiting = list(plan.groups) if config.scale else []
+    chosen: dict[str, scales.ScaleResult] = {}
+    kept: dict[str, torch.Tensor] = {}
+    loss_rtn: dict[str, float] = {}
+    seen: dict[str, Statistics] = {}
+    observed: set[str] = set()
+    packed: dict[str, PackedLinear] = {}
+    reports: dict[str, LinearReport] = {}
+
+    def rtn_loss(name: str, statistic: Statistics) -> float:
+        size, identity = linears[name].group_size, torch.ones_like(statistic.mean)
+        return scales.round_trip_loss(weights.original(name), identity, statistic.gram, size, step_dtype)
+
+    def finish(name: str, statistic: Statistics | None) -> None:
+        linear, scale = linears[name], chosen.get(name)
+        if statistic is not None and name not in loss_rtn:
+            loss_rtn[name] = rtn_loss(name, statistic)
+        packed[name], result, loss = _quantize_linear(weights, name, linear, statistic, config, step_dtype, found)
+        reports[name] = LinearReport(
+            linear.name,
+            statistic.n if statistic else 0,
+            scale.alpha if scale else 0.0,
+            scale.family if scale else "none",
+            loss_rtn.get(name),
+            loss,
+            result.clipped,
+            result.flipped,
+            result.masked,
+            result.note,
+        )
+
+    def fold(group: GroupPlan, result: scales.ScaleResult) -> torch.Tensor:
         if not torch.isfinite(result.scale).all():
             raise NumericsError(f"{plan.path}: the scales of {group.prev} are not finite")
-        seen[first].rescale_(_fold(block, weights, group, result.scale, plan, changed, stored or {}))
         chosen.update(dict.fromkeys(group.layers, result))
-    packed: dict[str, PackedLinear] = {}
-    reports: list[LinearReport] = []
-    for name, linear in linears.items():
-        statistic = seen.get(name)
-        packed[linear.name], loss, clipped = _quantize_linear(weights, name, linear, statistic, config, step_dtype)
-        scale = chosen.get(name)
-        reports.append(
-            LinearReport(
-                linear.name,
-                statistic.n if statistic else 0,
-                scale.alpha if scale else 0.0,
-                scale.family if scale else "none",
-                loss_rtn.get(name),
-                loss,
-                clipped,
-            )
-        )
-    return QuantizedBlock(packed, changed, reports)
+        kept[f"{plan.path}.{group.prev}"] = result.scale
+        return _fold(block, weights, group, result.scale, plan, stored or {})
+
+    if found is not None:
+        for group in waiting:
+            fold(group, scales.reused(found.scale(f"{plan.path}.{group.prev}", like=weights.original(group.layers[0]))))
+        waiting = []
+    for part in statistics:
+        observed.update(part)
+        for name in [name for name, statistic in part.items() if statistic.n]:
+            seen[name] = part[name]
+            if name in weights.columns:
+                loss_rtn[name] = rtn_loss(name, seen[name])
+        for group in plan.groups:
+            if group.layers[0] in part and group.layers[0] in weights.columns:
+                part[group.layers[0]].rescale_(weights.columns[group.layers[0]])
+        del part  # or it keeps its Gram matrices alive beside those of the next
+        while waiting and waiting[0].layers[0] in observed:
+            group = waiting.pop(0)
+            first = group.layers[0]
+            if first not in seen:
+                continue
+            readers = partial(map, weights.effective, group.layers)
+            result = scales.search(readers, seen[first], linears[first].group_size, step_dtype, group.shared)
+            for name, loss in zip(group.layers, result.losses_rtn, strict=True):
+                loss_rtn[name] = rtn_loss(name, seen[name]) if name in weights.rows else loss
+            seen[first].rescale_(fold(group, result))
+        undecided = {name for group in waiting for name in (group.prev, *group.layers)}
+        for name in [name for name in linears if name in seen and name not in undecided]:
+            finish(name, seen.pop(name))
+    for name in linears:
+        if name not in packed:
+            finish(name, None)
+    for name, value in weights.folded.items():
+        block.get_parameter(name).data = value
+    for name, tensors in packed.items():
+        weight = block.get_parameter(f"{name}.weight").data
+        weight.copy_(dequantize(tensors, weight.dtype))  # in its own memory: new tensors would fragment the heap
+    return QuantizedBlock(
+        {linear.name: packed[name] for name, linear in linears.items()},
+        {f"{plan.path}.{name}" for name in weights.folded},
+        [reports[name] for name in linears],
+        kept,
+    )
 
 
 def _local(linear: LinearPlan, plan: BlockPlan) -> str:
@@ -150,45 +210,33 @@ def _fold(
     group: GroupPlan,
     scale: torch.Tensor,
     plan: BlockPlan,
-    changed: set[str],
     stored: Mapping[str, torch.dtype],
 ) -> torch.Tensor:
-    """Divide `prev` by `scale`, multiply its readers; returns the scale that was really applied."""
+    """Note `prev` divided by `scale` and its readers multiplied; returns the scale that was really applied."""
     previous = block.get_submodule(group.prev)
     prefix = f"{plan.path}.{group.prev}"
     if isinstance(previous, nn.Linear):
-        divisor = fold_rows(previous.bias, previous.out_features, scale, stored.get(f"{prefix}.bias"))
-        if previous.bias is not None:
-            changed.add(f"{prefix}.bias")
+        bias = None if previous.bias is None else weights.changed(f"{group.prev}.bias")
+        own, scale = tied(group, scale)
+        divisor = fold_rows(bias, previous.out_features, own, stored.get(f"{prefix}.bias"))
         if any(linear.name == prefix for linear in plan.quantized):
             weights.rows[group.prev] = divisor
         else:
-            _multiply(previous.weight.data, 1 / divisor[:, None], stored.get(f"{prefix}.weight"))
-            changed.add(f"{prefix}.weight")
+            _multiply(weights.changed(f"{group.prev}.weight"), 1 / divisor[:, None], stored.get(f"{prefix}.weight"))
     else:
-        scale = fold_norm(previous, scale, group.norm_offset, stored.get(f"{prefix}.weight"))
-        changed.update(f"{prefix}.{name}" for name, _ in previous.named_parameters(recurse=False))
+        norm = copy.deepcopy(previous)
+        scale = fold_norm(norm, scale, group.norm_offset, stored.get(f"{prefix}.weight"))
+        weights.folded.update((f"{group.prev}.{name}", p.data) for name, p in norm.named_parameters(recurse=False))
     for name in group.layers:
         weights.columns[name] = scale
     for name in group.compensate:
-        weight = f"{plan.path}.{name}.weight"
-        _multiply(block.get_parameter(f"{name}.weight").data, scale, stored.get(weight))
-        changed.add(weight)
+        _multiply(weights.changed(f"{name}.weight"), scale, stored.get(f"{plan.path}.{name}.weight"))
     return scale
 
 
 def _multiply(weight: torch.Tensor, factor: torch.Tensor, stored: torch.dtype | None) -> None:
     """Multiply in place, rounded to the dtype the weight has on disk."""
     weight.copy_((weight.float() * factor).to(stored or weight.dtype))
-
-
-def _rtn_loss(weight: torch.Tensor, gram: torch.Tensor, group_size: int, step_dtype: torch.dtype) -> float:
-    """What round-to-nearest of the original weight costs, row chunk by row chunk."""
-    total = sum(
-        float(output_loss(round_trip(part, group_size, step_dtype).sub_(part), gram).sum())
-        for part in weight.split(scales.rows_at_once(weight))
-    )
-    return total / weight.shape[0]
 
 
 def _quantize_linear(
@@ -198,37 +246,19 @@ def _quantize_linear(
     statistics: Statistics | None,
     config: QuantConfig,
     step_dtype: torch.dtype,
-) -> tuple[PackedLinear, float | None, float]:
-    """(checkpoint tensors, loss, share of groups that were clipped); `statistics` are of the scaled input."""
+    found: Found | None,
+) -> tuple[PackedLinear, codes.Codes, float | None]:
+    """(checkpoint tensors, what was chosen, loss in the units of the original output); `statistics` are of the scaled
+    input."""
     weight = weights.effective(name)
     if not torch.isfinite(weight).all():
         raise NumericsError(f"{plan.name}.weight holds NaN or inf", hint="is the source checkpoint damaged?")
-    groups = grouped(weight, plan.group_size)
-    lo, hi = full_range(groups)
-    grid = make_grid(lo, hi, step_dtype)
-    codes = nearest(groups, grid)
-    loss, clipped = None, 0.0
-    if statistics is not None:
-        rows = weights.rows.get(name)
-        loss = _loss(decode(codes, grid).flatten(-2).sub_(weight), statistics.gram, rows)
-        if config.clip != "none" and plan.clip:
-            tight_lo, tight_hi = clip.search(weight, statistics.gram, plan.group_size, step_dtype)
-            tight = make_grid(tight_lo, tight_hi, step_dtype)
-            tight_codes = nearest(groups, tight)
-            tight_loss = _loss(decode(tight_codes, tight).flatten(-2).sub_(weight), statistics.gram, rows)
-            # The clip is scored group by group; across groups its errors could add up to more than it saves.
-            if tight_loss < loss:
-                grid, codes, loss = tight, tight_codes, tight_loss
-                clipped = float(((tight_lo != lo) | (tight_hi != hi)).float().mean())
-    parameter = weights.block.get_parameter(f"{name}.weight")
-    parameter.data = decode(codes, grid).flatten(-2).to(parameter.dtype)
-    packed = pack_linear(codes.flatten(-2).to(torch.uint8), grid.step, grid.zero, step_dtype, name=plan.name)
-    return packed, loss, clipped
-
-
-def _loss(error: torch.Tensor, gram: torch.Tensor, rows: torch.Tensor | None) -> float:
-    """tr(D H Dᵀ) / out, in the units of the original output."""
-    by_row = output_loss(error, gram)
-    if rows is not None:
-        by_row = by_row * rows.square()
-    return float(by_row.mean())
+    groups = weight.shape[1] // plan.group_size
+    clipping = plan.clip and config.clip != "none"
+    known = found.grid(plan.name, groups, weight.device) if found and clipping else None
+    result = codes.choose(weight, statistics, plan.group_size, step_dtype, config, clipping=clipping, known=known)
+    packed = pack_linear(result.codes, result.grid.step, result.grid.zero, step_dtype, name=plan.name)
+    if result.loss is None:
+        return packed, result, None
+    rows = weights.rows.get(name)
+    return packed, result, float((result.loss if rows is None else result.loss * rows.square()).mean())

@@ -22,21 +22,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from awq_core.calibration.batches import CalibrationData
+from awq_core.calibration.offload import OffloadFile
 from awq_core.calibration.trace import StackInputs, record
 from awq_core.checkpoint.pack import PackedLinear, dequantize
 from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.checkpoint.writer import CheckpointWriter
-from awq_core.devices import release_freed_memory
+from awq_core.devices import memory_bytes, release_freed_memory
 from awq_core.errors import CalibrationError, PlanError
-from awq_core.planning import BlockPlan, Plan
+from awq_core.plan_types import BlockPlan, Plan
 from awq_core.quantization.block import LinearReport, QuantizedBlock, quantize_block
 from awq_core.quantization.collect import collect
 from awq_core.quantization.materialise import Materialiser
+from awq_core.quantization.reuse import Found, to_payload
 
 
 @dataclass(frozen=True, slots=True)
 class BlockDone:
-    """Progress: one block is finished. Losses are sums over its linears, None without calibration."""
+    """Progress: one block is finished. Losses are sums over its linears, None without calibration; memory is what the
+    process holds now, and the most of a CUDA device."""
 
     path: str
     done: int
@@ -44,6 +47,7 @@ class BlockDone:
     seconds: float
     loss_rtn: float | None
     loss: float | None
+    memory_bytes: int
 
 
 Progress = Callable[[BlockDone], None]
@@ -58,6 +62,8 @@ class Engine:
         names: name in the model -> name on disk.
         device: where blocks and searches live.
         step_dtype: dtype scales are stored in.
+        offload: where activations are kept between blocks, instead of in memory.
+        found: an earlier run, whose scales and ranges are taken instead of searching.
 
     Raises:
         CheckpointError: the checkpoint lacks a tensor of a block, or holds one in another shape or kind.
@@ -72,7 +78,10 @@ class Engine:
         *,
         device: torch.device,
         step_dtype: torch.dtype,
+        offload: OffloadFile | None = None,
+        found: Found | None = None,
     ) -> None:
+        self.offload, self.found = offload, found
         self.reader, self.model, self.names, self.plan = reader, model, names, plan
         self.device, self.step_dtype = device, step_dtype
         self.source = Materialiser(reader, model, names, device=device, dtype=next(model.parameters()).dtype)
@@ -113,7 +122,7 @@ class Engine:
                 release_freed_memory()
                 if progress:
                     seconds = time.perf_counter() - started
-                    progress(BlockDone(plan.path, done, total, seconds, *_totals(found)))
+                    progress(BlockDone(plan.path, done, total, seconds, *_totals(found), memory_bytes(self.device)))
         if REST not in writer.finished:
             for name in self.reader.names:
                 if name not in written:
@@ -130,14 +139,18 @@ class Engine:
         writer: CheckpointWriter,
     ) -> None:
         with self.source.filled(block, plan.path):
-            statistics = collect(block, plan, inputs, index, self.device) if inputs else {}
+            statistics = collect(block, plan, inputs, index, self.device) if inputs else ()
             stored = {
                 name: self.reader.dtype(self.names[name])
                 for name in (f"{plan.path}.{local}" for local, _ in block.named_parameters())
             }
-            result = quantize_block(block, plan, statistics, self.plan.config, self.step_dtype, stored)
-            replaced = self._write(block, plan, result, writer)
-            writer.commit(plan.path, {"replaced": replaced, "reports": [asdict(report) for report in result.reports]})
+            result = quantize_block(block, plan, statistics, self.plan.config, self.step_dtype, stored, self.found)
+            payload = {
+                "replaced": self._write(block, plan, result, writer),
+                "reports": [asdict(report) for report in result.reports],
+                "scales": to_payload(result.scales),
+            }
+            writer.commit(plan.path, payload)
             self._hand_on(block, plan, inputs, index)
 
     def _restore(
@@ -174,7 +187,7 @@ class Engine:
         prelude = [path for declared in self.plan.stacks for path in declared.prelude]
         with self.source.filled_when_called(exclude=[block.path for block in stack], prelude=prelude):
             try:
-                inputs = record(self.model, blocks, data.batches, device=self.device)
+                inputs = record(self.model, blocks, data.batches, device=self.device, offload=self.offload)
             except (RuntimeError, NotImplementedError) as error:
                 if "meta" not in str(error):
                     raise

@@ -6,6 +6,8 @@ A norm is stored in a short dtype, so dividing its weight rounds it. The scale t
 
 and the readers are multiplied by that one, which makes the fold exact in spite of the rounding. A linear that is
 quantized afterwards is not rounded in between: its row factor is carried along until its codes are chosen.
+
+Where `prev` writes fewer channels than its readers take (shared_heads.py), s is one scale a channel of `prev`, spread.
 """
 
 from __future__ import annotations
@@ -49,16 +51,25 @@ def fold_rows(
     return divisor
 
 
+def tied(group: GroupPlan, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what `prev` is divided by, what its readers are multiplied by, `[in]`), for s `[in]`."""
+    if group.shared is None:
+        return scale, scale
+    own = group.shared.first(scale)
+    return own, group.shared.spread(own)
+
+
 def apply_to_block(block: nn.Module, group: GroupPlan, scale: torch.Tensor, *, fold_previous: bool = True) -> None:
     """Fold `scale` into a block's own weights in place, in their dtype. Used where nothing is quantized: the proof.
 
     Args:
         fold_previous: False leaves out the division, which must change the function: the proof's negative control.
     """
+    own, scale = tied(group, scale)
     if fold_previous:
         previous = block.get_submodule(group.prev)
         if isinstance(previous, nn.Linear):
-            divisor = fold_rows(previous.bias, previous.out_features, scale)
+            divisor = fold_rows(previous.bias, previous.out_features, own)
             previous.weight.data.div_(divisor[:, None])
         else:
             scale = fold_norm(previous, scale, group.norm_offset)

@@ -11,25 +11,31 @@ Candidates follow AWQ and its duo-scaling variant on a grid of α, normalised so
 
 and the identity is always one, so a group never ends worse than round-to-nearest on this loss. The losses of a
 group's linears are divided by their output energy tr(W H Wᵀ) before they are added: without that, the linear with
-the largest outputs decides for all. Candidates are screened on every eighth row and the best rescored on all rows.
+the largest outputs decides for all. Candidates are screened on a sample of the rows and the best rescored on all.
+
+Where input channels must have one scale (shared_heads.py), E|x| and w̄ are averaged over them first: that is E|x| and w̄
+of all that one scale is multiplied with. Candidates are made of the averages and spread, so they are tied exactly.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from awq_core.calibration.statistics import Statistics, output_loss
+from awq_core.gemm import screening_dtype
 from awq_core.quantization.rounding import grouped, round_trip
+from awq_core.shared_heads import SharedHeads
 
 GRID = 20
-RESCORED = 4
-SCREEN_EVERY = 8
+RESCORED = 2
+SCREEN_EVERY = 16
 SCREEN_MIN_ROWS = 256
 # Rows scored at once: bounds the copies of a large group, and keeps them in cache.
-CHUNK_ELEMENTS = 1 << 21
+CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +45,10 @@ class ScaleResult:
     Attributes:
         scale: s, `[in]` fp32; ones where nothing beat the identity.
         alpha: exponent of the winner; 0.0 for the identity.
-        family: "identity", "activation" or "duo".
-        loss: energy-normalised loss of the winner, summed over the linears.
+        family: "identity", "activation", "duo", or "reused" where an earlier run found it.
+        loss: loss of the winner as a share of the output energy, summed over the linears.
         loss_identity: the same for s = 1, that is, round-to-nearest.
+        losses_rtn: round-to-nearest's tr(D H Dᵀ) / out of each linear, in the order they were given.
     """
 
     scale: torch.Tensor
@@ -49,12 +56,19 @@ class ScaleResult:
     family: str
     loss: float
     loss_identity: float
+    losses_rtn: tuple[float, ...]
 
 
 Weights = Callable[[], Iterable[torch.Tensor]]
 
 
-def search(weights: Weights, statistics: Statistics, group_size: int, step_dtype: torch.dtype) -> ScaleResult:
+def search(
+    weights: Weights,
+    statistics: Statistics,
+    group_size: int,
+    step_dtype: torch.dtype,
+    shared: SharedHeads | None = None,
+) -> ScaleResult:
     """Best scales for linears that read one tensor.
 
     Args:
@@ -63,46 +77,54 @@ def search(weights: Weights, statistics: Statistics, group_size: int, step_dtype
         statistics: of the shared input.
         group_size: of the quantizer.
         step_dtype: dtype scales are stored in.
+        shared: which input channels have one scale; None: each has its own.
     """
     gram = statistics.gram
-    total = sum(weight.shape[0] for weight in weights())
-    every = min(SCREEN_EVERY, max(1, total // SCREEN_MIN_ROWS))
-    row_weights: list[torch.Tensor] = []
-    sample: list[torch.Tensor] = []
-    magnitude = torch.zeros_like(statistics.mean_abs)
+    rows, magnitude, mean_abs = 0, torch.zeros_like(statistics.mean_abs), statistics.mean_abs
     for weight in weights():
-        energy = sum(float(output_loss(part, gram).sum()) for part in weight.split(rows_at_once(weight)))
-        row_weights.append(torch.full((weight.shape[0],), 1 / max(energy, 1e-20), device=weight.device))
-        sample.append(weight[::every].clone())
+        rows += len(weight)
         magnitude += _magnitude(weight, group_size).sum(0)
-    candidates = list(_candidates(magnitude / total, statistics.mean_abs))
+    magnitude /= rows
+    if shared is None:
+        candidates = list(_candidates(magnitude, mean_abs))
+    else:
+        narrow = _candidates(shared.pool(magnitude), shared.pool(mean_abs))
+        candidates = [(family, alpha, shared.spread(scale)) for family, alpha, scale in narrow]
 
-    screen_gram = gram.to(_screen_dtype(gram)) if every > 1 else gram
-    screen = [0.0] * len(candidates)
-    for weight, row_weight in zip(sample, row_weights, strict=True):
-        for index, (_, _, scale) in enumerate(candidates):
-            screen[index] += _loss(weight, row_weight[::every], scale, screen_gram, group_size, step_dtype)
-    finalists = [0, *sorted(range(1, len(candidates)), key=screen.__getitem__)[:RESCORED]]
-    losses = {index: screen[index] for index in finalists}
+    def score(weight: torch.Tensor, index: int, gram: torch.Tensor) -> float:
+        return round_trip_loss(weight, candidates[index][2], gram, group_size, step_dtype)
+
+    every = min(SCREEN_EVERY, max(1, rows // SCREEN_MIN_ROWS))
+    screen_gram = gram.to(screening_dtype(gram.device)) if every > 1 else gram
+    energy: list[float] = []
+    by_linear: list[list[float]] = [[] for _ in candidates]
+    for weight in weights():
+        sample = weight[::every].contiguous()
+        energy.append(max(float(output_loss(sample, gram).mean()), 1e-20))
+        for index, losses in enumerate(by_linear):
+            losses.append(score(sample, index, screen_gram))
+    total = [_relative(losses, energy) for losses in by_linear]
+    finalists = [0, *sorted(range(1, len(candidates)), key=total.__getitem__)[:RESCORED]]
     if every > 1:
-        losses = dict.fromkeys(finalists, 0.0)
-        for weight, row_weight in zip(weights(), row_weights, strict=True):
+        for index in finalists:
+            by_linear[index] = []
+        for weight in weights():
             for index in finalists:
-                losses[index] += _loss(weight, row_weight, candidates[index][2], gram, group_size, step_dtype)
-    best = min(losses, key=losses.__getitem__)
+                by_linear[index].append(score(weight, index, gram))
+    loss = {index: _relative(by_linear[index], energy) for index in finalists}
+    best = min(finalists, key=loss.__getitem__)
     family, alpha, scale = candidates[best]
-    return ScaleResult(scale, alpha, family, losses[best], losses[0])
+    return ScaleResult(scale, alpha, family, loss[best], loss[0], tuple(by_linear[0]))
 
 
-def rows_at_once(weight: torch.Tensor) -> int:
-    """How many rows of `[out, in]` to score in one go."""
-    return max(1, CHUNK_ELEMENTS // weight.shape[1])
+def reused(scale: torch.Tensor) -> ScaleResult:
+    """Scales that an earlier run found; their losses are not known here."""
+    return ScaleResult(scale, 0.0, "reused", math.nan, math.nan, ())
 
 
-def _screen_dtype(gram: torch.Tensor) -> torch.dtype:
-    """bf16 where it is much faster: its errors, below 1e-3 of a loss, only decide who is rescored in fp32."""
-    fast = gram.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+def _relative(losses: Iterable[float], energy: Iterable[float]) -> float:
+    """Losses of the linears as shares of their output energy, added up."""
+    return sum(loss / total for loss, total in zip(losses, energy, strict=True))
 
 
 def _magnitude(weight: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -132,18 +154,12 @@ def _normalised(scale: torch.Tensor, mean_abs: torch.Tensor) -> torch.Tensor:
     return torch.where(alive & torch.isfinite(scale), scale.clamp(1e-4, 1e4), torch.ones_like(scale))
 
 
-def _loss(
-    weight: torch.Tensor,
-    row_weight: torch.Tensor,
-    scale: torch.Tensor,
-    gram: torch.Tensor,
-    group_size: int,
-    step_dtype: torch.dtype,
+def round_trip_loss(
+    weight: torch.Tensor, scale: torch.Tensor, gram: torch.Tensor, group_size: int, step_dtype: torch.dtype
 ) -> float:
+    """tr(D H Dᵀ) / out of one linear rounded to nearest under `scale`, in the dtype of `gram`."""
     total = 0.0
-    for part, part_weight in zip(
-        weight.split(rows_at_once(weight)), row_weight.split(rows_at_once(weight)), strict=True
-    ):
+    for part in weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1])):
         error = round_trip(part * scale, group_size, step_dtype).div_(scale).sub_(part)
-        total += float((output_loss(error.to(gram.dtype), gram).float() * part_weight).sum())
-    return total
+        total += float(output_loss(error.to(gram.dtype), gram).float().sum())
+    return total / len(weight)

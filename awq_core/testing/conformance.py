@@ -30,7 +30,8 @@ from awq_core import api
 from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.config import QuantConfig
 from awq_core.hooks.manager import Owner, PluginManager, default_manager
-from awq_core.planning import Plan, make_plan
+from awq_core.plan_types import Plan
+from awq_core.planning import make_plan
 from awq_core.quantization.proof import prove
 from awq_core.runtime.load import load
 from awq_core.skeleton import build_skeleton
@@ -158,15 +159,20 @@ class ArchitectureConformance:
         self._check_folder(case, source, out)
 
     def test_int4_kernel_agrees_in_bfloat16(self, case: Any, tmp_path: Path) -> None:
-        """If this fails: a linear that is not quite an `nn.Linear` was replaced. Compare block by block."""
+        """If this fails: a linear that is not quite an `nn.Linear` was replaced. Compare block by block.
+
+        bf16 alone moves the outputs of a router or of a deep stack by more than 1e-2; a kernel may err twice as much.
+        """
         source, out = tmp_path / "source", tmp_path / "out"
         save_tiny(case, source, dtype=torch.bfloat16, own_init=True)
         config = QuantConfig(group_size=self.group_size)
         api.quantize(source, out, config=config, calibration=CALIBRATION, samples=2, seq_len=32)
         ids = torch.randint(8, 60, (2, 9), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            got, want = (load(out, fake_quant=fake)(input_ids=ids).logits.float() for fake in (False, True))
-        assert float((got - want).norm() / want.norm()) < 1e-2
+            exact = load(out, fake_quant=True, dtype=torch.float32)(input_ids=ids).logits
+            got, plain = (load(out, fake_quant=fake)(input_ids=ids).logits.float() for fake in (False, True))
+        error, own = (float((logits - exact).norm() / exact.norm()) for logits in (got, plain))
+        assert error < max(1e-2, 2 * own)
 
     def _check_folder(self, case: Any, source: Path, out: Path) -> None:
         plan = self._plan(case)

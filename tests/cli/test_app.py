@@ -13,7 +13,7 @@ from awq_core import __version__, errors
 from awq_core.cli import app
 from awq_core.cli.output import print_json
 
-HEAVY = {"torch", "transformers", "datasets", "rich", "safetensors"}
+HEAVY = {"torch", "transformers", "datasets", "rich", "safetensors", "yaml"}
 SCRIPT = """
 import sys
 from awq_core.cli import main

@@ -1,5 +1,7 @@
 """Progress as lines and as a bar."""
 
+import json
+
 import pytest
 
 from awq_core.api import Phase
@@ -9,9 +11,9 @@ from awq_core.quantization.engine import BlockDone
 
 EVENTS = (
     Phase("12 groups proved [ok]"),
-    BlockDone("model.layers.0", 1, 3, 20.0, 0.04, 0.01),
-    BlockDone("model.layers.1", 2, 3, 40.0, None, None),
-    BlockDone("model.layers.2", 3, 3, 1.2, 0.0, 0.0),
+    BlockDone("model.layers.0", 1, 3, 20.0, 0.04, 0.01, 1_234_000_000),
+    BlockDone("model.layers.1", 2, 3, 40.0, None, None, 999_000_000),
+    BlockDone("model.layers.2", 3, 3, 1.2, 0.0, 0.0, 2_000_000_000),
 )
 
 
@@ -23,9 +25,9 @@ def test_lines(capsys):
     assert captured.out == ""
     assert captured.err.splitlines() == [
         "  12 groups proved [ok]",
-        "  block 1/3  model.layers.0  20 s  40 s left  error 0.04 -> 0.01 (-75%)",
-        "  block 2/3  model.layers.1  40 s  30 s left",
-        "  block 3/3  model.layers.2  1.2 s  error 0 -> 0",
+        "  block 1/3  model.layers.0  20 s  40 s left  error 0.04 -> 0.01 (-75%)  1.2 GB in use",
+        "  block 2/3  model.layers.1  40 s  30 s left  999.0 MB in use",
+        "  block 3/3  model.layers.2  1.2 s  error 0 -> 0  2.0 GB in use",
     ]
 
 
@@ -37,9 +39,17 @@ def test_json_lines(capsys):
     assert captured.out.splitlines() == [
         '{"event": "phase", "text": "12 groups proved [ok]"}',
         '{"event": "block", "path": "model.layers.0", "done": 1, "total": 3, "seconds": 20.0, '
-        '"loss_rtn": 0.04, "loss": 0.01}',
+        '"loss_rtn": 0.04, "loss": 0.01, "memory_bytes": 1234000000, "seconds_left": 40.0}',
     ]
     assert captured.err == ""
+
+
+def test_json_lines_say_the_same_as_the_lines(capsys):
+    with progress.quantizing(True) as receive:
+        for event in EVENTS:
+            receive(event)
+    blocks = [json.loads(line) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [block["seconds_left"] for block in blocks] == [40.0, 30.0, 0.0]
 
 
 @pytest.fixture
@@ -57,7 +67,7 @@ def test_bar(terminal, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "12 groups proved [ok]" in captured.err
-    assert "3/3" in captured.err and "20.4 s a block, error 0 -> 0" in captured.err
+    assert "3/3" in captured.err and "20.4 s a block, error 0 -> 0, 2.0 GB in use" in captured.err
 
 
 def test_windows_are_counted_only_where_somebody_watches(capsys):

@@ -39,6 +39,21 @@ def test_components_and_seed():
     assert config.components == {"vision": "keep"} and config.seed == 5
 
 
+def test_keep(awq, llama_source, tmp_path):
+    options = ["--group-size", 32, "--no-scale", "--keep", "layers.0.mlp", "--keep", "q_porj"]
+    result = awq("quantize", llama_source, "--out", tmp_path / "q", *options)
+    assert "no linear's name contains 'q_porj': nothing is kept by it" in result.errors
+    assert not any("layers.0.mlp'" in line for line in result.errors)
+    names = set(
+        json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    )
+    assert names == {"lm_head", "model.layers.0.mlp"}
+    plan = awq("plan", llama_source, *options)
+    assert "  3: asked for: modules_to_not_convert has 'layers.0.mlp'" in plan.stdout.splitlines()
+    assert "no linear's name contains 'q_porj': nothing is kept by it" in plan.errors
+    assert plan.errors[-1].endswith("--keep layers.0.mlp --keep q_porj --out DIR")
+
+
 def test_round_to_nearest_needs_no_calibration(awq, llama_source, tmp_path):
     options = ["--group-size", 32, "--rounding", "nearest", "--no-scale", "--json"]
     lines = [
@@ -50,6 +65,8 @@ def test_round_to_nearest_needs_no_calibration(awq, llama_source, tmp_path):
         (1, 2, "model.layers.0"),
         (2, 2, "model.layers.1"),
     ]
+    assert lines[2]["seconds_left"] == 0 <= lines[1]["seconds_left"]
+    assert all(100e6 < line["memory_bytes"] < 100e9 for line in lines[1:3])
     done = lines[-1]
     assert done["calibration"] is None and done["loss"] is None
     assert (done["quantized"], done["kept"], done["family"]) == (14, 1, "tiny")
@@ -65,7 +82,8 @@ def test_calibrated_run_in_lines(awq, llama_source, corpus_file, tmp_path):
     start = next(index for index, line in enumerate(result.errors) if "scale groups proved" in line)
     calibration, before, after = result.errors[start + 1 : start + 4]
     assert calibration == "calibration: 2 samples, 128 tokens from corpus.txt"
-    assert before.startswith("block 1/2  model.layers.0  ") and " left  error " in before and before.endswith("%)")
+    assert before.startswith("block 1/2  model.layers.0  ") and " left  error " in before and "%)  " in before
+    assert before.endswith("B in use")
     assert after.startswith("block 2/2  model.layers.1  ") and " left" not in after
     where, error = result.stdout.splitlines()
     assert where.startswith(f"{out}: ") and " -> " in where

@@ -132,9 +132,11 @@ def test_every_group_size_and_per_channel(tmp_path, ids):
 
 def test_same_seed_same_bytes(tmp_path, ids):
     folders = [quantize(tmp_path / name, LlamaConfig(**TINY), ids)[2] for name in ("a", "b")]
-    files = sorted(path.name for path in folders[0].iterdir())
-    assert files == sorted(path.name for path in folders[1].iterdir())
-    assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in files)
+    first, second = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in folders
+    )
+    assert first == second
 
 
 def test_batches_and_padding_do_not_change_the_result(tmp_path, ids):
@@ -152,7 +154,8 @@ def test_batches_and_padding_do_not_change_the_result(tmp_path, ids):
     single = api.quantize(source, tmp_path / "b", config=PLAIN, calibration=calibration(*padded))
     for a, b in zip(whole.reports, single.reports, strict=True):
         assert a.tokens == b.tokens == ids.numel()
-        assert a.loss_rtn == pytest.approx(b.loss_rtn, rel=1e-3)
+        # Ranges nearly tie; one that falls the other way in the first block changes the inputs of those behind it.
+        assert a.loss_rtn == pytest.approx(b.loss_rtn, rel=1e-4 if ".layers.0." in a.name else 5e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

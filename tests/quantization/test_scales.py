@@ -27,6 +27,11 @@ def token_search(x, weights, group_size):
     return results
 
 
+def token_rtn(x, weight, group_size):
+    """Mean squared output error of round-to-nearest, over tokens and outputs."""
+    return float((x @ (round_trip(weight, group_size, DTYPE) - weight).T).square().mean())
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_search_agrees_with_the_token_oracle(generator, group_size):
     x, weight = outlier_layer(generator)
@@ -37,6 +42,7 @@ def test_search_agrees_with_the_token_oracle(generator, group_size):
     assert found.loss == pytest.approx(loss, rel=1e-3)
     assert (found.family, found.alpha) == (family, alpha)
     assert found.loss_identity == pytest.approx(oracle[0][0], rel=1e-3)
+    assert found.losses_rtn == pytest.approx([token_rtn(x, weight, group_size) for weight in weights], rel=1e-3)
 
 
 def test_outliers_gain_much_and_identity_is_the_worst_case(generator):
@@ -54,8 +60,9 @@ def test_screening_on_a_sample_of_rows_never_loses_to_the_identity(generator):
     weight = torch.randn(scales.SCREEN_EVERY * scales.SCREEN_MIN_ROWS, 128, generator=generator)
     found = scales.search(lambda: [weight], statistics_of(x), 64, DTYPE)
     assert found.loss <= found.loss_identity
-    best = min(token_search(x, [weight], 64))[0]
-    assert found.loss <= best * 1.02
+    oracle = token_search(x, [weight], 64)
+    assert found.loss / found.loss_identity <= min(oracle)[0] / oracle[0][0] * 1.02
+    assert found.losses_rtn == pytest.approx((token_rtn(x, weight, 64),), rel=1e-3)
 
 
 def test_dead_channels_keep_scale_one(generator):

@@ -1,0 +1,109 @@
+"""A plan as data: what will happen to every weight, and why. `planning.py` makes it, everything after it reads it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from awq_core.config import QuantConfig
+from awq_core.hooks.types import ComponentPolicy, LayerStack
+from awq_core.scale_groups import GroupPlan, Skip
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPlan:
+    """One linear's fate. `name` is its path in the model; `reason` is empty when it is quantized."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool
+    quantize: bool
+    group_size: int = 0
+    clip: bool = True
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    """One block: its path in the model, its linears and the scale groups that will be searched. `mixtures` are the
+    modules, by their path in the block, that can run chosen experts on every token."""
+
+    component: str
+    path: str
+    linears: tuple[LinearPlan, ...]
+    groups: tuple[GroupPlan, ...] = ()
+    skipped: tuple[Skip, ...] = ()
+    parameters: int = 0
+    mixtures: tuple[str, ...] = ()
+
+    @property
+    def quantized(self) -> tuple[LinearPlan, ...]:
+        return tuple(linear for linear in self.linears if linear.quantize)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every weight's fate.
+
+    Attributes:
+        family, plugin, dist, version: who owns the model.
+        config: the settings the plan was made for.
+        policies: per component, what is done and why.
+        blocks: in the order they are worked.
+        outside: linears outside every stack; all kept.
+        bytes_before, bytes_after: size of the weights, in bytes.
+        peak_bytes: expected peak memory of quantization, in bytes.
+    """
+
+    model_type: str
+    family: str
+    plugin: str
+    dist: str
+    version: str
+    config: QuantConfig
+    policies: tuple[ComponentPolicy, ...]
+    blocks: tuple[BlockPlan, ...]
+    outside: tuple[LinearPlan, ...]
+    bytes_before: int
+    bytes_after: int
+    peak_bytes: int
+    stacks: tuple[LayerStack, ...] = field(default=())
+
+    @property
+    def linears(self) -> tuple[LinearPlan, ...]:
+        return tuple(linear for block in self.blocks for linear in block.linears) + self.outside
+
+    @property
+    def coverage(self) -> float:
+        """Share of block parameters (of the quantized components) that will be 4-bit."""
+        blocks = [block for block in self.blocks if block.quantized]
+        total = sum(block.parameters for block in blocks)
+        done = sum(linear.in_features * linear.out_features for block in blocks for linear in block.quantized)
+        return done / total if total else 0.0
+
+    def kept_prefixes(self) -> list[str]:
+        """Full module prefixes for `modules_to_not_convert`: whole kept blocks' parents, else single linears.
+
+        Engines look for them anywhere in a name, without regard for dots, so "layers.1" would also keep layers 10 to
+        19: a prefix that occurs in the name of a quantized linear is made longer.
+        """
+        quantized = "\n".join(linear.name for linear in self.linears if linear.quantize)
+        prefixes: dict[str, None] = {}
+        for linear in self.linears:
+            if not linear.quantize:
+                parts = linear.name.split(".")
+                candidates = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+                prefixes[next((prefix for prefix in candidates if prefix not in quantized), linear.name)] = None
+        return list(prefixes)
+
+    def unused_names(self) -> list[str]:
+        """Entries of the configuration's `modules_to_not_convert` that occur in no linear's name."""
+        names = [linear.name for linear in self.linears]
+        return [one for one in self.config.modules_to_not_convert if not any(one in name for name in names)]
+
+    def to_dict(self) -> dict[str, Any]:
+        result = asdict(self)
+        result["config"] = self.config.to_dict()
+        result["coverage"] = round(self.coverage, 4)
+        return result

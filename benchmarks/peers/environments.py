@@ -1,0 +1,98 @@
+"""Which toolkits are compared, and the environments they run in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TORCH = "torch==2.13.0"
+
+# One environment each, torch first. The versions are the newest that could be installed together with this torch.
+REQUIREMENTS: dict[str, tuple[str, ...]] = {
+    "autoawq": ("autoawq==0.2.9", "transformers==4.51.3"),  # the last transformers that it supports
+    "llmcompressor": ("llmcompressor==0.14.0.1",),
+    "gptqmodel": ("gptqmodel==7.6.0",),
+    "autoround": ("auto-round==0.16.1",),
+    "modelopt": ("nvidia-modelopt[hf]==0.47.0", "requests"),  # it imports requests and does not say so
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the table.
+
+    Attributes:
+        name: what `--peers` calls it: the toolkit, then ":" and a variant.
+        settings: the row's words for it.
+        options: for the toolkit's script.
+    """
+
+    name: str
+    settings: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def peer(self) -> str:
+        """The module in this folder, and the environment."""
+        return self.name.partition(":")[0]
+
+
+RUNS: tuple[Run, ...] = (
+    Run("awq_core", "AWQ, clip", {"clip": "asymmetric"}),
+    Run("awq_core:no-clip", "AWQ, no clip", {"clip": "none"}),
+    Run("awq_core:greedy", "AWQ, clip, greedy", {"clip": "asymmetric", "rounding": "greedy"}),
+    Run("awq_core:gptq", "AWQ, clip, gptq", {"clip": "asymmetric", "rounding": "gptq"}),
+    Run("awq_core:rtn", "round to nearest", {"clip": "none", "scale": False}),
+    Run("autoawq", "AWQ, clip", {"clip": True}),
+    Run("autoawq:no-clip", "AWQ, no clip", {"clip": False}),
+    Run("llmcompressor", "AWQ, no clip"),
+    Run("gptqmodel", "AWQ, clip", {"method": "awq"}),
+    Run("gptqmodel:gptq", "GPTQ", {"method": "gptq"}),
+    Run("autoround", "AWQ, no clip"),
+    Run("modelopt", "awq_lite, symmetric"),
+)
+OURS = tuple(run.name for run in RUNS if run.peer == "awq_core")
+
+
+def choose(names: str) -> list[Run]:
+    """Runs by name, in the table's order; "autoawq" is that run only, "all" is every run.
+
+    Raises:
+        ValueError: a name that no run has.
+    """
+    wanted = set(names.split(","))
+    if "all" in wanted:
+        return list(RUNS)
+    unknown = wanted - {run.name for run in RUNS}
+    if unknown:
+        raise ValueError(f"no run is called {', '.join(sorted(unknown))}; there are {', '.join(r.name for r in RUNS)}")
+    return [run for run in RUNS if run.name in wanted]
+
+
+def interpreter(peer: str, folder: Path, say: Callable[[str], None]) -> Path:
+    """The Python of one toolkit's environment below `folder`, which is made if need be; ours is this very Python.
+
+    Raises:
+        subprocess.CalledProcessError: pip failed; its words are on stderr.
+    """
+    if peer not in REQUIREMENTS:
+        return Path(sys.executable)
+    home = folder.resolve() / peer
+    python, installed = home / "bin" / "python", home / "installed.txt"
+    wanted = "\n".join((TORCH, *REQUIREMENTS[peer])) + "\n"
+    if not installed.is_file() or installed.read_text(encoding="utf-8") != wanted:
+        say(f"{peer}: installing {', '.join(REQUIREMENTS[peer])} into {folder / peer}")
+        venv.create(home, with_pip=True, clear=True)
+        constraint = home / "constraint.txt"
+        constraint.write_text(f"{TORCH}\n", encoding="utf-8")
+        # torch alone first: some of the others need it to build, and none may bring another.
+        for packages in ((TORCH,), REQUIREMENTS[peer]):
+            command = [str(python), "-m", "pip", "install", "-q", "-c", str(constraint), *packages]
+            subprocess.run(command, check=True, stdout=sys.stderr)
+        installed.write_text(wanted, encoding="utf-8")
+    return python
