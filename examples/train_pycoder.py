@@ -18,6 +18,7 @@ import json
 import re
 import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -138,6 +139,49 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     (out / "held_out.json").write_text(json.dumps(HELD_OUT, indent=1) + "\n")
 
 
+def train(
+    model: torch.nn.Module,
+    batch: Callable[[float], torch.Tensor],
+    minutes: float,
+    report: Callable[[int], None],
+    learning_rates: tuple[float, float] = (3e-3, 2e-3),
+) -> int:
+    """Train for `minutes`; `batch(progress)` gives ids [batch, length], `report(step)` is called every 1000 steps.
+
+    Muon works on the matrices of the blocks (first learning rate), AdamW on all the rest. Returns the number of steps.
+    """
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizers = [
+        torch.optim.Muon(
+            matrices, lr=learning_rates[0], weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=learning_rates[1], betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    started, step, average, tokens = time.time(), 0, None, 0
+    while (progress := (time.time() - started) / (minutes * 60)) < 1:
+        decay = min(1.0, (step + 1) / 100) * min(1.0, (1 - progress) / 0.6)
+        for optimizer, lr in zip(optimizers, learning_rates, strict=True):
+            optimizer.param_groups[0]["lr"] = lr * decay
+        ids = batch(progress)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step, tokens = step + 1, tokens + ids.numel()
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        if step % 100 == 0:
+            seconds = time.time() - started
+            speed = tokens / seconds
+            print(f"step {step}  {seconds / 60:.1f} min  {speed:.0f} tokens/s  loss {average:.3f}", flush=True)
+        if step % 1000 == 0:
+            report(step)
+    return step
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=90)
@@ -156,16 +200,6 @@ def main() -> None:
     streams = {name: encode(tokenizer, texts) for name, texts in parts.items()}
     print({name: f"{len(ids) / 1e6:.2f} M tokens" for name, ids in streams.items()}, flush=True)
 
-    model = build_model()
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    peak = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    step_model = torch.compile(model) if args.compile else model
-
     def batch(progress: float) -> torch.Tensor:
         rows = []
         for _ in range(args.batch):
@@ -174,29 +208,14 @@ def main() -> None:
             rows.append(streams[kind][start : start + args.length])
         return torch.stack(rows)
 
-    started, step, average = time.time(), 0, None
-    while (progress := (time.time() - started) / (args.minutes * 60)) < 1:
-        decay = min(1.0, (step + 1) / 100) * min(1.0, (1 - progress) / 0.6)
-        for optimizer, lr in zip(optimizers, peak, strict=True):
-            optimizer.param_groups[0]["lr"] = lr * decay
-        ids = batch(progress)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = step_model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step += 1
-        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        if step % 100 == 0:
-            seconds = time.time() - started
-            speed = step * args.batch * args.length / seconds
-            print(f"step {step}  {seconds / 60:.1f} min  {speed:.0f} tokens/s  loss {average:.3f}", flush=True)
-        if step % 1000 == 0:
-            print(f"held-out loss {held_out_loss(model, streams['held']):.3f}", flush=True)
-            save(model, tokenizer, args.out)
-    print(f"final held-out loss {held_out_loss(model, streams['held'], windows=200):.3f} after {step} steps")
+    def report(step: int) -> None:
+        print(f"held-out loss {held_out_loss(model, streams['held']):.3f}", flush=True)
+        save(model, tokenizer, args.out)
+
+    model = build_model()
+    compiled: torch.nn.Module = torch.compile(model) if args.compile else model  # type: ignore[assignment]
+    steps = train(compiled, batch, args.minutes, report)
+    print(f"final held-out loss {held_out_loss(model, streams['held'], windows=200):.3f} after {steps} steps")
     save(model, tokenizer, args.out)
 
 
