@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,19 @@ from awq_core.checkpoint.format import already_quantized, quantization_config
 from awq_core.checkpoint.reader import CheckpointReader, fingerprint
 from awq_core.checkpoint.writer import CheckpointWriter
 from awq_core.config import QuantConfig
-from awq_core.devices import pick_device, pick_dtype
+from awq_core.devices import compute_dtype, pick_device
 from awq_core.errors import CheckpointError, ConfigError
 from awq_core.hooks.manager import PluginManager, default_manager
-from awq_core.model_card import model_card
+from awq_core.mixed import Allocation, Target, keeping, room, verify
+from awq_core.model_card import head_note, model_card
+from awq_core.output_head import untied
 from awq_core.plan_types import Plan
 from awq_core.planning import make_plan
 from awq_core.quantization.block import LinearReport
 from awq_core.quantization.engine import BlockDone, Engine
 from awq_core.quantization.proof import Proof, require_proof
 from awq_core.quantization.reuse import SCALES, Found, scales_file
+from awq_core.quantization.sensitivity import Sensing, allocation_for
 from awq_core.recipe import RECIPE, recipe_text
 from awq_core.runtime.load import load
 from awq_core.skeleton import build_skeleton, checkpoint_names, open_config, raw_config, resolve
@@ -53,7 +56,8 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What `quantize` did."""
+    """What `quantize` did. `allocation` is what it chose for a target; None without one, and where it took over the
+    choice of the unfinished run that it resumed."""
 
     out: Path
     plan: Plan
@@ -61,6 +65,7 @@ class QuantizeResult:
     reports: tuple[LinearReport, ...]
     calibration: CalibrationData | None
     seconds: float
+    allocation: Allocation | None = None
 
 
 def plan(
@@ -112,8 +117,10 @@ def quantize(
     restart: bool = False,
     offload: PathLike | None = None,
     reuse: PathLike | None = None,
+    target_bits: float | None = None,
+    target_size: str | float | None = None,
     manager: PluginManager | None = None,
-    progress: Callable[[Phase | BlockDone], None] | None = None,
+    progress: Callable[[Phase | BlockDone | Sensing | Allocation], None] | None = None,
 ) -> QuantizeResult:
     """Quantize a model folder into an AWQ checkpoint.
 
@@ -134,7 +141,10 @@ def quantize(
             is the same, byte for byte.
         reuse: folder of a finished run on the same model, whose scales are taken, and with the same group size its
             ranges too: then nothing is calibrated or searched.
-        progress: called with `Phase` and `BlockDone` values.
+        target_bits: stored bits a weight, such as 4.6, on average over the linears that would be quantized: those whose
+            4 bits would cost the most stay in 16, chosen by a backward pass over calibration samples.
+        target_size: the same for the bytes of all weights: "5GB".
+        progress: called with `Phase` and `BlockDone` values; with a target, also `Sensing` and the `Allocation`.
 
     Raises:
         AwqError: one of its kinds, each with what to try next; nothing that looks finished is left behind.
@@ -143,6 +153,7 @@ def quantize(
     config = config or QuantConfig()
     manager = manager or default_manager()
     say = progress or (lambda event: None)
+    goal = Target.of(target_bits, target_size)
     folder = resolve(model)
     raw = raw_config(folder)
     _refuse_quantized(folder, raw)
@@ -154,21 +165,18 @@ def quantize(
         CheckpointWriter(Path(out), restart=restart) as writer,
         CheckpointReader(folder) as reader,
     ):
-        stored = _stored_dtype(reader)
-        compute = _compute_dtype(dtype, stored, target)
+        stored = reader.main_dtype
+        compute = compute_dtype(dtype, stored, target)
         skeleton = build_skeleton(typed, dtype=compute, trust_remote_code=trust_remote_code)
         manager.prepare_model(owner, skeleton)
-        decided = make_plan(
-            skeleton,
-            owner,
-            manager,
-            config,
-            calibration_tokens=samples * seq_len,
-            itemsize=torch.empty(0, dtype=stored).element_size(),
+        make = partial(
+            make_plan, skeleton, owner, manager, calibration_tokens=samples * seq_len, itemsize=stored.itemsize
         )
+        decided = make(config)
         names = checkpoint_names(skeleton, reader.names)
         step_dtype = torch.bfloat16 if stored is torch.bfloat16 else torch.float16
         source = fingerprint(folder)
+        head = decided.head.linear.name if decided.head else ""
         found = opened.enter_context(Found(reuse, source, names)) if reuse is not None else None
         engine = Engine(
             reader,
@@ -181,12 +189,17 @@ def quantize(
             found=found,
         )
         _refuse_empty(decided)
+        if goal is not None:
+            room(decided, goal, stored.itemsize)
+        if decided.head:
+            say(Phase(head_note(decided.head)))
         for name in decided.unused_names():
             say(Phase(f"no linear's name contains {name!r}: nothing is kept by it"))
         proof = require_proof(typed, owner, manager, trust_remote_code=trust_remote_code)
         say(Phase(f"{owner.dist} {owner.version}: {proof.groups} scale groups proved, error {proof.error:.1e}"))
         data = None
-        if config.needs_calibration and (found is None or not found.suffices(config)):
+        searching = config.needs_calibration and (found is None or not found.suffices(config, head))
+        if searching or goal is not None:
             vocabulary = getattr(typed.get_text_config(), "vocab_size", None)
             limit = getattr(typed.get_text_config(), "max_position_embeddings", None)
             if isinstance(limit, int) and 0 < limit < seq_len:
@@ -204,39 +217,57 @@ def quantize(
             say(Phase(f"calibration: {data.samples} samples, {data.tokens} tokens from {data.source}"))
             for note in data.notes:
                 say(Phase(f"calibration: {note}"))
-        if writer.begin(_identity(source, decided, data, compute, target, reuse)):
+        asked: dict[str, Any] | None = None
+        allocation = None
+        if goal is not None and data is not None:
+            before = _identity(source, decided, data, compute, target, reuse)
+            asked = {"bits": goal.bits, "size": goal.size, "of": _digest(before)}
+            unfinished = writer.unfinished or {}
+            if unfinished.get("target") == asked:
+                config = replace(config, modules_to_not_convert=tuple(unfinished["config"]["modules_to_not_convert"]))
+                decided = make(config)
+            else:
+                allocation = allocation_for(engine, goal, data, stored.itemsize, say)
+                say(allocation)
+                config = keeping(decided, allocation)
+                verify(decided, mixed := make(config), allocation)
+                decided = mixed
+            engine.plan = decided
+        seen = data if searching else None
+        if writer.begin({**_identity(source, decided, data, compute, target, reuse), "target": asked}):
             say(Phase(f"resuming: {len(writer.finished)} finished steps found in {out}"))
         if writer.complete:
             reports = tuple(LinearReport(**r) for done in writer.finished.values() for r in done.get("reports", ()))
             seconds = time.perf_counter() - started
-            return QuantizeResult(Path(out), decided, proof, reports, data, seconds)
-        reports = tuple(engine.run(data, writer, say))
+            return QuantizeResult(Path(out), decided, proof, reports, data, seconds, allocation)
+        reports = tuple(engine.run(seen, writer, say))
         for note, count in Counter(report.note for report in reports if report.note).items():
             say(Phase(f"{count} linears rounded by greedy flips: {note}"))
         seconds = time.perf_counter() - started
         files: dict[str, bytes | str | Path] = {**side_files(folder, include_code=trust_remote_code)}
         group_size = config.group_size
         kept = _kept_prefixes(decided, names)
-        files["config.json"] = _json(
-            {**raw, "quantization_config": quantization_config(group_size=group_size, modules_to_not_convert=kept)}
-        )
-        files["README.md"] = model_card(str(model), decided, proof, reports, data, reused=found is not None)
+        settings = quantization_config(group_size=group_size, modules_to_not_convert=kept, lm_head=bool(head))
+        untied_raw = untied(raw, typed) if decided.head and decided.head.tied else raw
+        files["config.json"] = _json({**untied_raw, "quantization_config": settings})
+        files["README.md"] = model_card(str(model), decided, proof, reports, seen, reused=found is not None)
         used = {"samples": samples, "seq_len": seq_len}
         files[RECIPE] = recipe_text(
             decided,
             model=model,
             calibration=calibration,
-            calibrated=None if data is None else {} if data is calibration else used,
+            calibrated=None if seen is None else {} if seen is calibration else used,
             device=target,
             dtype=compute,
             trust_remote_code=trust_remote_code,
             reuse=reuse,
+            target="" if goal is None else str(goal),
         )
         searched = [done["scales"] for done in writer.finished.values() if done.get("scales")]
         if searched:
             files[SCALES] = scales_file(searched, source)
         writer.finish(files)
-    return QuantizeResult(Path(out), decided, proof, reports, data, seconds)
+    return QuantizeResult(Path(out), decided, proof, reports, data, seconds, allocation)
 
 
 def _identity(
@@ -260,11 +291,15 @@ def _identity(
         "source": source,
         "reuse": "none" if reuse is None else fingerprint(reuse),
         "calibration": tokens.hexdigest() if data else "none",
-        "plan": hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest(),
+        "plan": _digest(decided),
         "dtype": str(dtype),
         "device": device.type,
         "versions": {"awq_core": __version__, "torch": torch.__version__},
     }
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _refuse_quantized(folder: Path, raw: dict[str, Any]) -> None:
@@ -296,22 +331,6 @@ def _kept_prefixes(plan_: Plan, names: dict[str, str]) -> list[str]:
                 break
         prefixes[prefix] = None
     return list(prefixes)
-
-
-def _stored_dtype(reader: CheckpointReader) -> torch.dtype:
-    """The dtype most of the checkpoint's bytes are in."""
-    sizes: Counter[torch.dtype] = Counter()
-    for name in reader.names:
-        sizes[reader.dtype(name)] += reader.nbytes(name)
-    return next((dtype for dtype, _ in sizes.most_common() if dtype.is_floating_point), torch.float32)
-
-
-def _compute_dtype(dtype: torch.dtype | str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    if dtype != "auto":
-        return pick_dtype(dtype)
-    if device.type == "cpu" and not (stored is torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):
-        return torch.float32
-    return stored if stored in (torch.bfloat16, torch.float16, torch.float32) else torch.float32
 
 
 def _declared_dtype(config: Any) -> torch.dtype:

@@ -32,8 +32,13 @@ class QuantConfig:
             to column. All give the same format.
         max_flip_percent: of "heuristic": most flips an output, as a fraction of its inputs.
         knee_tolerance: of "heuristic": protects more of the outlier channels, as a fraction of the larger half.
+        correct_inputs: for how much of the drift of their inputs, which the rounding of earlier layers causes, weights
+            make up before they are rounded: 0 none, 1 all.
+        correct_bias: let a linear's bias, where it has one, absorb the mean of its rounding error.
         components: per component, "keep" or "4bit"; overrides the plugin's policy.
         modules_to_not_convert: linears whose full name contains one of these strings stay as they are.
+        lm_head: quantize the output head too. Few engines load that.
+        lm_head_chunks: row chunks the head is worked in; 0 is as many as its size asks for. Changes no byte.
         seed: for sampling calibration windows.
 
     With `scale=False, clip="none", rounding="nearest"` this is round-to-nearest and needs no calibration data.
@@ -46,8 +51,12 @@ class QuantConfig:
     rounding: str = "nearest"
     max_flip_percent: float = 0.01
     knee_tolerance: float = 0.0
+    correct_inputs: float = 0.0
+    correct_bias: bool = False
     components: Mapping[str, str] = field(default_factory=dict)
     modules_to_not_convert: tuple[str, ...] = ()
+    lm_head: bool = False
+    lm_head_chunks: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,6 +73,10 @@ class QuantConfig:
             raise ConfigError(
                 f"max_flip_percent={self.max_flip_percent} is no fraction", hint="0.01 is one in a hundred"
             )
+        if self.lm_head_chunks < 0:
+            raise ConfigError(f"lm_head_chunks={self.lm_head_chunks} is not possible", hint="0 goes by the head's size")
+        if not 0 <= self.correct_inputs <= 1:
+            raise ConfigError(f"correct_inputs={self.correct_inputs} is no fraction", hint="0.5 is half of the drift")
         for component, choice in self.components.items():
             if choice not in COMPONENT_CHOICES:
                 raise ConfigError(
@@ -73,7 +86,8 @@ class QuantConfig:
     @property
     def needs_calibration(self) -> bool:
         """Whether statistics of activations are used at all."""
-        return self.scale or self.clip != "none" or self.rounding != "nearest"
+        corrects = self.correct_inputs > 0 or self.correct_bias
+        return self.scale or self.clip != "none" or self.rounding != "nearest" or corrects
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:

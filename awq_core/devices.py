@@ -72,3 +72,12 @@ def release_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):
         return  # not glibc
+
+
+def compute_dtype(dtype: torch.dtype | str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """What activations are computed in; "auto" is the dtype weights are stored in where the device is fast in it."""
+    if dtype != "auto":
+        return pick_dtype(dtype)
+    if device.type == "cpu" and not (stored is torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):
+        return torch.float32
+    return stored if stored in (torch.bfloat16, torch.float16, torch.float32) else torch.float32

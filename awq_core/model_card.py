@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from awq_core.calibration.batches import CalibrationData
-from awq_core.plan_types import Plan
+from awq_core.plan_types import HeadPlan, Plan
 from awq_core.quantization.block import LinearReport
 from awq_core.quantization.proof import Proof
+from awq_core.sizes import size_text
 from awq_core.version import __version__
 
 TEMPLATE = """\
@@ -30,7 +31,7 @@ Made from `{base}` with awq-core {version} and {dist} {dist_version}.
 | size | {before} before, {after} after |
 | quantized | {quantized} linears, {coverage:.1%} of the parameters of the quantized blocks |
 | scale groups | proved on a tiny model of this class before quantization: outputs moved by {error:.0e} |
-{loss}
+{loss}{head}
 ## Kept as they were
 
 {kept}
@@ -45,6 +46,16 @@ model = awq_core.load("{name}")
 ```
 vllm serve {name}
 ```
+"""
+
+
+HEAD = """
+## The output head is quantized
+
+`{name}` is 4-bit, which most AWQ checkpoints leave out. `awq_core.load` reads it. vLLM and SGLang are told of it by
+`"lm_head": true` in config.json, and read it with their Marlin kernels where their code for this model allows that;
+their plain `awq` kernels do not. transformers (5.23) never does: it **fills the head with random numbers**, with no
+more than a warning.
 """
 
 
@@ -64,6 +75,8 @@ def model_card(
         f"{config.clip} clip" if config.clip != "none" else "no clip",
         "round to nearest" if config.rounding == "nearest" else f"{config.rounding} rounding",
     ]
+    steps += [f"inputs corrected by {config.correct_inputs:g}"] if config.correct_inputs else []
+    steps += ["biases corrected"] if config.correct_bias else []
     calibration = f"{data.samples} samples, {data.tokens} tokens: {data.source}" if data else "none"
     name = Path(base).name or base
     quantized = sum(linear.quantize for linear in plan.linears)
@@ -87,17 +100,23 @@ def model_card(
         coverage=plan.coverage,
         error=max(proof.error, 1e-9),
         loss=loss,
+        head=_head(plan),
         kept=_kept(plan),
     )
 
 
-def size_text(size: float) -> str:
-    """Bytes for people: "13.5 GB"."""
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError
+def head_note(head: HeadPlan) -> str:
+    """What a quantized output head means, in a line."""
+    linear = head.linear
+    text = f"the output head {linear.name} is 4-bit too: many engines cannot load that"
+    if head.tied:
+        size = linear.in_features * linear.out_features // 2
+        text += f"; untied from {head.tied}, which stays, so that it adds about {size_text(size)}"
+    return text
+
+
+def _head(plan: Plan) -> str:
+    return "" if plan.head is None else HEAD.format(name=plan.head.linear.name)
 
 
 def _kept(plan: Plan) -> str:

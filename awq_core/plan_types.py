@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -43,6 +44,16 @@ class BlockPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadPlan:
+    """The output head, where it is quantized. `tied` names the parameter whose weight it shares in the original, and
+    which stays; `rows` are worked at a time."""
+
+    linear: LinearPlan
+    tied: str
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Every weight's fate.
 
@@ -51,9 +62,10 @@ class Plan:
         config: the settings the plan was made for.
         policies: per component, what is done and why.
         blocks: in the order they are worked.
-        outside: linears outside every stack; all kept.
+        outside: linears outside every stack; kept, but for the output head where that is asked for.
         bytes_before, bytes_after: size of the weights, in bytes.
         peak_bytes: expected peak memory of quantization, in bytes.
+        head: the output head; None where it is kept.
     """
 
     model_type: str
@@ -69,6 +81,7 @@ class Plan:
     bytes_after: int
     peak_bytes: int
     stacks: tuple[LayerStack, ...] = field(default=())
+    head: HeadPlan | None = None
 
     @property
     def linears(self) -> tuple[LinearPlan, ...]:
@@ -88,14 +101,8 @@ class Plan:
         Engines look for them anywhere in a name, without regard for dots, so "layers.1" would also keep layers 10 to
         19: a prefix that occurs in the name of a quantized linear is made longer.
         """
-        quantized = "\n".join(linear.name for linear in self.linears if linear.quantize)
-        prefixes: dict[str, None] = {}
-        for linear in self.linears:
-            if not linear.quantize:
-                parts = linear.name.split(".")
-                candidates = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
-                prefixes[next((prefix for prefix in candidates if prefix not in quantized), linear.name)] = None
-        return list(prefixes)
+        quantized = {linear.name for linear in self.linears if linear.quantize}
+        return prefixes([linear.name for linear in self.linears if not linear.quantize], quantized)
 
     def unused_names(self) -> list[str]:
         """Entries of the configuration's `modules_to_not_convert` that occur in no linear's name."""
@@ -107,3 +114,14 @@ class Plan:
         result["config"] = self.config.to_dict()
         result["coverage"] = round(self.coverage, 4)
         return result
+
+
+def prefixes(kept: Iterable[str], quantized: Iterable[str]) -> list[str]:
+    """The shortest prefixes of the names `kept` that occur in none of the names `quantized`, each once."""
+    text = "\n".join(quantized)
+    found: dict[str, None] = {}
+    for name in kept:
+        parts = name.split(".")
+        candidates = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+        found[next((prefix for prefix in candidates if prefix not in text), name)] = None
+    return list(found)

@@ -17,8 +17,9 @@ from awq_core.config import QuantConfig
 from awq_core.errors import ConfigError, PlanError
 from awq_core.hooks.manager import Owner, PluginManager
 from awq_core.hooks.types import ComponentPolicy, LayerStack, ScaleGroup
+from awq_core.output_head import head_name, plan_head, working_bytes
 from awq_core.passes import gram_bytes
-from awq_core.plan_types import BlockPlan, LinearPlan, Plan
+from awq_core.plan_types import BlockPlan, HeadPlan, LinearPlan, Plan
 from awq_core.scale_groups import Skip, expand, resolve_groups
 
 GIB = 1 << 30
@@ -42,7 +43,7 @@ def make_plan(
 
     Raises:
         PlanError: a declared path that matches nothing, two groups that claim one tensor.
-        ConfigError: a component the model does not have.
+        ConfigError: a component the model does not have; an output head that cannot be quantized as asked.
     """
     stacks = tuple(manager.layer_stacks(owner, model))
     policies = _policies(owner, manager, model, stacks, config)
@@ -53,13 +54,17 @@ def make_plan(
             groups = manager_groups(manager, owner, model, stack, block, index)
             blocks.append(_plan_block(stack.component, path, block, groups, policy, config))
     inside = tuple(block.path + "." for block in blocks)
+    wanted = head_name(model) if config.lm_head else ""
     outside = tuple(
-        _linear(name, module, reason="outside every stack: output heads and small projections stay as they are")
+        _outside(name, module, config, wanted)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not (name + ".").startswith(inside)
     )
+    head = plan_head(model, outside, [block.path for block in blocks], config)
     before = sum(parameter.numel() for parameter in model.parameters()) * itemsize
-    saved = sum(_saved_bytes(linear, itemsize) for block in blocks for linear in block.quantized)
+    saved = sum(saved_bytes(linear, itemsize) for block in blocks for linear in block.quantized)
+    if head is not None:
+        saved += saved_bytes(head.linear, 0 if head.tied else itemsize)  # a tied head is stored beside its embedding
     return Plan(
         model_type=getattr(model.config, "model_type", ""),
         family=owner.arch.family,
@@ -72,8 +77,9 @@ def make_plan(
         outside=outside,
         bytes_before=before,
         bytes_after=before - saved,
-        peak_bytes=_peak_bytes(blocks, config, calibration_tokens if config.needs_calibration else 0, itemsize),
+        peak_bytes=_peak_bytes(blocks, head, config, calibration_tokens if config.needs_calibration else 0, itemsize),
         stacks=stacks,
+        head=head,
     )
 
 
@@ -191,6 +197,13 @@ def _plan_block(
     return BlockPlan(component, path, linears, active, skipped, parameters, mixtures)
 
 
+def _outside(name: str, module: nn.Linear, config: QuantConfig, head: str) -> LinearPlan:
+    """A linear outside every stack: kept, unless it is the output head and that is asked for."""
+    if name != head:
+        return _linear(name, module, "outside every stack: output heads and small projections stay as they are")
+    return _linear(name, module, _asked(name, config) or _shape_reason(module, config.group_size), config.group_size)
+
+
 def _asked(name: str, config: QuantConfig) -> str:
     pattern = next((p for p in config.modules_to_not_convert if p in name), "")
     return f"asked for: modules_to_not_convert has {pattern!r}" if pattern else ""
@@ -211,23 +224,31 @@ def _linear(name: str, module: nn.Linear, reason: str, group_size: int = 0, *, c
     )
 
 
-def _saved_bytes(linear: LinearPlan, itemsize: int) -> int:
+def saved_bytes(linear: LinearPlan, itemsize: int) -> int:
+    """Bytes by which quantization makes a linear smaller: codes, 16-bit scales and 4-bit zeros instead of weights of
+    `itemsize` bytes."""
     groups = linear.in_features // linear.group_size
     packed = linear.in_features * linear.out_features // 2 + groups * linear.out_features * (2 + 0.5)
     return int(linear.in_features * linear.out_features * itemsize - packed)
 
 
-def _peak_bytes(blocks: list[BlockPlan], config: QuantConfig, tokens: int, itemsize: int) -> int:
+def _peak_bytes(blocks: list[BlockPlan], head: HeadPlan | None, config: QuantConfig, tokens: int, itemsize: int) -> int:
     """Twice the largest block, the activations between blocks, the Gram matrices that exist at once and two more of the
-    largest to compute with (four for gptq, which factorizes it), and a gigabyte."""
+    largest to compute with (four for gptq, which factorizes it), and a gigabyte.
+
+    Correcting inputs takes the activations and the Gram matrices twice. The output head comes after the blocks, in
+    chunks, and counts where it takes more than they do."""
+    gptq = config.rounding == "gptq"
+    last = working_bytes(head, itemsize, calibrated=tokens > 0, factorized=gptq) if head else 0
     worked = [block for block in blocks if block.quantized]
     if not worked:
-        return GIB
+        return (tokens * head.linear.in_features * itemsize if head else 0) + last + GIB
     block = max(block.parameters for block in worked) * itemsize
     if not tokens:
-        return 2 * block + GIB
+        return max(2 * block, last) + GIB
     hidden = worked[0].quantized[0].in_features
     largest = max(linear.in_features for block_ in worked for linear in block_.quantized) ** 2 * 4
     grams = max(gram_bytes(block_) for block_ in worked)
-    working = (4 if config.rounding == "gptq" else 2) * largest
-    return 2 * block + tokens * hidden * itemsize + grams + working + GIB
+    working = (4 if gptq else 2) * largest
+    versions = 2 if config.correct_inputs else 1
+    return versions * tokens * hidden * itemsize + max(2 * block + versions * grams + working, last) + GIB

@@ -108,6 +108,7 @@ def recipe_text(
     dtype: torch.dtype,
     trust_remote_code: bool = False,
     reuse: str | os.PathLike[str] | None = None,
+    target: str = "",
 ) -> str:
     """The effective recipe of a run; the same text for the same run, wherever and whenever it took place.
 
@@ -118,6 +119,7 @@ def recipe_text(
         device: its kind is written, not its number.
         dtype: of activations.
         reuse: folder of the earlier run whose scales and ranges were taken.
+        target: the size that `keep` was chosen for; a comment, since the names make the same choice.
         trust_remote_code: a comment too; whoever runs a recipe consents to code for himself.
     """
     import torch
@@ -134,6 +136,8 @@ def recipe_text(
         values.update(calibrated)
     if reuse is not None:
         values["reuse"] = _portable(reuse, local=True)
+    if target:
+        comments.append(f"# keep: chosen by sensitivity for a target of {target}\n")
     if trust_remote_code:
         comments.append("# trust_remote_code: the run was allowed the model's own Python code (--trust-remote-code)\n")
     values |= {
@@ -145,8 +149,12 @@ def recipe_text(
         "rounding": config.rounding,
         "max_flip_percent": config.max_flip_percent,
         "knee_tolerance": config.knee_tolerance,
+        "correct_inputs": config.correct_inputs,
+        "correct_bias": config.correct_bias,
         "component": dict(config.components),
         "keep": list(config.modules_to_not_convert),
+        "lm_head": config.lm_head,
+        "lm_head_chunks": config.lm_head_chunks,
         "plugin": plan.plugin,
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),

@@ -191,6 +191,14 @@ def build_skeleton(
     return model.eval()
 
 
+def empty_twin(model: Any, config: PretrainedConfig) -> Any:
+    """A model of the class of `model` with another configuration, parameters on meta and tied as it says."""
+    with _parameters_on_meta(), no_init_weights():
+        twin = type(model)(config)
+    twin.tie_weights()
+    return twin
+
+
 def set_parameter(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Replace the parameter or buffer `name` (a dotted path below `module`) by `tensor`, without copying."""
     path, _, leaf = name.rpartition(".")

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaForCausalLM,
     MixtralConfig,
@@ -105,7 +106,13 @@ def streams(tokenizer: object, texts: list[Path]) -> tuple[torch.Tensor, list[to
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=sorted(GROW))
-    parser.add_argument("--from", dest="source", type=Path, default=EXAMPLES / "pycoder")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        default=EXAMPLES / "pycoder",
+        help="a Llama, or a model of this kind to go on with",
+    )
     parser.add_argument("--text", type=Path, nargs="*", default=[], help="files of prose")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=40)
@@ -117,7 +124,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.source)
     code, prose, held = streams(tokenizer, args.text)
-    model: PreTrainedModel = GROW[args.kind](LlamaForCausalLM.from_pretrained(args.source, dtype=torch.float32))
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(args.source, dtype=torch.float32)
+    if model.config.model_type != args.kind:
+        model = GROW[args.kind](model)
     print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; held-out loss at the beginning "
         f"{held_out_loss(model, held):.3f}",

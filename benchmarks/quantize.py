@@ -23,79 +23,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peers.environments import OURS, RUNS, TORCH, Run, choose, interpreter
-from peers.job import Job
-from peers.process import watch
+from peers.environments import OURS, RUNS, TORCH, choose, interpreter
+from peers.running import ask, finished, markdown, result_folder, say, start
 
 HERE = Path(__file__).resolve().parent
 TIMED = ("toolkit", "version", "settings", "quantize s", "total s", "CPU s", "peak GB", "ratio")
 MEASURED = ("perplexity", "KL", "same token")
 HEADER: tuple[str, ...] = TIMED + MEASURED
+TEXT = "held-out"
+FILES = {"source": "source", "tokens": "tokens.json", "reference": "reference"}
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def child_environment(threads: int) -> dict[str, str]:
-    """This one, with `threads` threads that do not spin while they wait, no hub, and these folders to import from."""
-    fixed = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-    return {**os.environ, **fixed, **quiet, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(HERE)}
-
-
-def ask(module: str, wanted: dict[str, Any], work: Path, threads: int) -> dict[str, Any]:
-    """What a module of `peers`, run by this Python, prints when given `wanted`."""
-    question = work / f"{module}.json"
-    question.write_text(json.dumps(wanted), encoding="utf-8")
-    command = [sys.executable, "-m", f"peers.{module}", str(question)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=child_environment(threads))
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
-
-
-def run(which: Run, python: Path, args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """One row: quantize, with the time limit."""
-    name = which.name.replace(":", "-")
-    report, log = work / f"{name}.report.json", work / f"{name}.log"
-    job = Job(
-        source=work / "source",
-        out=work / name,
-        tokens=work / "tokens.json",
-        report=report,
-        group_size=args.group_size,
-        threads=args.threads,
-        options=which.options,
-    )
-    job.write(work / f"{name}.json")
-    limit = args.budget_minutes * 60
-    command = [str(python), "-m", f"peers.{which.peer}", str(work / f"{name}.json")]
-    used = watch(command, folder=work, environment=child_environment(args.threads), log=log, limit=limit)
-    row: dict[str, Any] = {"name": which.name, "settings": which.settings, "peak_gb": used.peak_bytes / 1e9}
-    if report.is_file():
-        row |= json.loads(report.read_text(encoding="utf-8"))
-    if used.code is None:
-        row |= {"stopped": True, "quantize": limit}
-    elif used.code:
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        row["failed"] = lines[-1].strip()[:160] if lines else f"exit code {used.code}"
-    else:
-        row["total"] = sum(row.get(phase, 0.0) for phase in ("load", "quantize", "save"))
-        row["cpu"] = sum(row.get(f"{phase}_cpu", 0.0) for phase in ("load", "quantize", "save"))
-    return row
-
-
-def finished(row: dict[str, Any]) -> bool:
-    return not row.get("failed") and not row.get("stopped")
+def mean(found: dict[str, Any]) -> dict[str, Any]:
+    """What evaluate.py found of one result, window by window, as means."""
+    if "failed" in found:
+        return found
+    mean = {name: sum(values) / len(values) for name, values in found[TEXT].items()}
+    return {"perplexity": math.exp(mean.pop("nll")), **mean}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -130,11 +82,6 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", metavar="MODEL", help="folder of an unquantized model (default: made here)")
@@ -165,22 +112,24 @@ def parse() -> argparse.Namespace:
 def compare(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Everything, in order: environments, model and tokens, runs, measures."""
     pythons = {peer: interpreter(peer, args.env_folder, say) for peer in {run.peer: None for run in args.runs}}
-    fields = ("width", "layers", "samples", "seq_len", "windows", "calib", "held_out", "model")
-    wanted = {name: getattr(args, name) for name in fields}
+    fields = ("width", "layers", "samples", "seq_len", "windows", "calib", "model")
+    wanted = {name: getattr(args, name) for name in fields} | {"texts": {TEXT: args.held_out}}
     made = ask("prepare", wanted | {"source": str(work / "source"), "tokens": str(work / "tokens.json")}, work, 1)
     load = os.getloadavg()[0]
     if load > 0.5:
         say(f"the machine is busy (load {load:.1f}): read the CPU seconds, not the others")
     rows = []
+    limits = {name: getattr(args, name) for name in ("group_size", "threads", "budget_minutes")}
     for which in args.runs:
         say(f"{which.name} ...")
-        rows.append(run(which, pythons[which.peer], args, work))
+        rows.append(start(which, pythons[which.peer], work, work, **limits))
         seconds = rows[-1].get("failed") or f"{rows[-1]['quantize']:.1f} s" + " (stopped)" * rows[-1].get("stopped", 0)
         say(f"{which.name}: {seconds}")
     say("measuring the results ...")
-    results = {row["name"]: str(work / row["name"].replace(":", "-")) for row in rows if finished(row)}
-    question = {"source": str(work / "source"), "tokens": str(work / "tokens.json"), "results": results}
-    measured = ask("evaluate", question | {"threads": args.threads}, work, args.threads)
+    done = [which for which, row in zip(args.runs, rows, strict=True) if finished(row)]
+    question = {name: str(work / file) for name, file in FILES.items()} | {"threads": args.threads}
+    question["results"] = {which.name: str(result_folder(which, work)) for which in done}
+    measured = {name: mean(found) for name, found in ask("evaluate", question, work, args.threads).items()}
     for row in rows:
         row |= measured.get(row["name"], {})
     model = Path(args.model).resolve().name if args.model else f"pycoder, {args.width} times as wide"

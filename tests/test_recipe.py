@@ -63,7 +63,8 @@ def test_what_is_read_is_what_was_written(llama_source, tmp_path, corpus):
     _, saved = made(llama_source, tmp_path / "q", config=config, calibration=list(corpus))
     read = read_recipe(tmp_path / "q" / "recipe.yaml")
     assert read["keep"] == saved["keep"] == list(config.modules_to_not_convert)
-    assert read == json.loads(json.dumps(saved), parse_int=str, parse_float=str) | {"no_scale": "false"}
+    flags = dict.fromkeys(("no_scale", "lm_head", "correct_bias"), "false")
+    assert read == json.loads(json.dumps(saved), parse_int=str, parse_float=str) | flags
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ import awq_core
 from awq_core import QuantConfig
 from pathlib import Path
 
-CONFIG = QuantConfig(group_size=32)
+CONFIG = QuantConfig(group_size=32, lm_head=sys.argv[5] == "head")
 source, folder, kills, corpus = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), eval(sys.argv[4])
 
 def child(out):
@@ -74,7 +74,7 @@ print(done, runs)
 """
 
 
-@pytest.mark.parametrize("kind", ["dense", "mixture"])
+@pytest.mark.parametrize("kind", ["dense", "mixture", "head"])
 def test_killed_at_random_moments_every_byte_is_the_same(request, tmp_path, corpus, kind):
     source = request.getfixturevalue("llama_source")
     if kind == "mixture":
@@ -86,7 +86,7 @@ def test_killed_at_random_moments_every_byte_is_the_same(request, tmp_path, corp
         tiny = request.getfixturevalue("tiny_options")
         save_tiny(MixtralConfig(**tiny, num_local_experts=3, num_experts_per_tok=1), source)
     kills = KILLS if kind == "dense" else 8
-    command = [sys.executable, "-c", DRIVER, str(source), str(tmp_path), str(kills), repr(list(corpus))]
+    command = [sys.executable, "-c", DRIVER, str(source), str(tmp_path), str(kills), repr(list(corpus)), kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     killed, runs = map(int, done.stdout.split()[-2:])

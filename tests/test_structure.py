@@ -28,12 +28,16 @@ FLOORS = (
         "awq_core.planning",
         "awq_core.plan_types",
         "awq_core.passes",
+        "awq_core.output_head",
+        "awq_core.allocation",
+        "awq_core.mixed",
+        "awq_core.units",
         "awq_core.scale_groups",
         "awq_core.shared_heads",
         "awq_core.skeleton",
     ),
     ("awq_core.hooks",),
-    ("awq_core.config", "awq_core.errors", "awq_core.devices", "awq_core.gemm", "awq_core.version"),
+    ("awq_core.config", "awq_core.errors", "awq_core.devices", "awq_core.gemm", "awq_core.sizes", "awq_core.version"),
 )
 # The package itself imports its public names lazily, on behalf of whoever asks; it holds nothing else.
 PACKAGE = "awq_core"

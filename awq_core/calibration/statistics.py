@@ -6,16 +6,30 @@ For input X (tokens x in) and a weight error D (out x in) the mean squared outpu
 
 so one `in x in` Gram matrix replaces the tokens exactly, and scoring a candidate costs out·in² whatever n is.
 Accumulation is in fp32: products of two bf16 numbers are exact there, and TF32 is never used.
+
+Tokens may count unequally. What an expert of a mixture computes of token t is multiplied by its gate g(t) before it is
+added up, and so is its error; where the router sends the token elsewhere, g(t) = 0. So its tokens have the weights g²:
+
+    H_routed = Σ g² x xᵀ / Σ g²,        n_eff = (Σ g²)² / Σ g⁴         (Kish: tokens of equal weight that are as many)
+
+An expert that saw few tokens has a poor estimate, so the all-token matrix is mixed in as if it were n₀ tokens more:
+
+    H = (n_eff · H_routed + n₀ · H_all) / (n_eff + n₀),        n₀ = in_features
+
+That is again a weighted mean over tokens, with an effective number of its own, and it is H_all where nothing is routed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from awq_core.errors import NumericsError
 from awq_core.gemm import add_gram_, mirror_, times_symmetric
+
+# n₀ as a multiple of in_features.
+PRIOR_TOKENS_PER_FEATURE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +37,28 @@ class Statistics:
     """Statistics of one linear input over n tokens.
 
     Attributes:
-        n: tokens seen.
-        gram: H = XᵀX / n, `[in, in]` fp32.
+        n: tokens seen; of an expert's own statistics, tokens that were routed to it.
+        gram: H = XᵀX / n, `[in, in]` fp32; weighted by g² where tokens count unequally, and so are the means.
         mean_abs: E|x|, `[in]` fp32.
         mean: E[x], `[in]` fp32.
+        effective: tokens of equal weight that would say as much; None: n.
+        routed: tokens that were routed to the expert whose linear this is; None outside a mixture's experts.
+        own: statistics of the same input, before any `rescale_`, over the tokens routed to one expert, still to be
+            mixed in (`with_own`): n and all tensors here are of all tokens, shared with the other experts.
     """
 
     n: int
     gram: torch.Tensor
     mean_abs: torch.Tensor
     mean: torch.Tensor
+    effective: float | None = None
+    routed: int | None = None
+    own: Statistics | None = None
+
+    @property
+    def n_effective(self) -> float:
+        """Tokens of equal weight that would estimate H as well."""
+        return self.n if self.effective is None else self.effective
 
     def rescale_(self, s: torch.Tensor) -> None:
         """Become the statistics of x / s, for s `[in]`, in place: a Gram matrix is too large to have twice."""
@@ -40,27 +66,76 @@ class Statistics:
         self.mean_abs.div_(s)
         self.mean.div_(s)
 
+    def centered(self) -> Statistics:
+        """With the Gram matrix of x − E[x], in new memory: what is left where a bias absorbs the mean of the error."""
+        return replace(self, gram=self.gram.addr(self.mean, self.mean, alpha=-1))
+
+    def towards_(self, everything: Statistics) -> Statistics:
+        """An expert's own statistics, mixed with those of all tokens: H of the docstring above, in place, the result
+        has this memory."""
+        few, prior = self.n_effective, PRIOR_TOKENS_PER_FEATURE * len(self.gram)
+        share = few / (few + prior)
+        for name in ("gram", "mean_abs", "mean"):
+            getattr(self, name).mul_(share).add_(getattr(everything, name), alpha=1 - share)
+        # Kish's (Σw)² / Σw² for the weights share · g²/Σg² + (1 − share)/n, whose sum is one.
+        squares = (share**2 / few if few else 0.0) + (1 - share**2) / max(everything.n, 1)
+        return replace(self, n=everything.n, effective=1 / squares, routed=self.n)
+
+    def with_own(self, s: torch.Tensor | None = None) -> Statistics:
+        """These statistics with `own` mixed in, in new memory; `s` `[in]`: what they were rescaled by in between."""
+        if self.own is None:
+            return self
+        copies = {name: getattr(self.own, name).clone() for name in ("gram", "mean_abs", "mean")}
+        own = replace(self.own, **copies)
+        if s is not None:
+            own.rescale_(s)
+        return own.towards_(self)
+
 
 class StatisticsAccumulator:
-    """Sums over batches; `finish` divides by the number of tokens."""
+    """Sums over batches; `finish` divides by the number of tokens, or by the sum of their weights."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.n = 0
+        self._weight = self._squares = 0.0  # Σ w and Σ w² over tokens, w = g²
+        self._weighted = False
         self._gram = torch.zeros(in_features, in_features, device=device)
         self._abs = torch.zeros(in_features, device=device)
         self._sum = torch.zeros(in_features, device=device)
 
-    def add(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Add the rows of `x` (`[..., in]`); `mask` (`[...]`, bool) leaves out padding tokens."""
+    def add(self, x: torch.Tensor, mask: torch.Tensor | None = None, gate: torch.Tensor | None = None) -> None:
+        """Add the rows of `x` (`[..., in]`).
+
+        Args:
+            mask: `[...]` bool, leaves out padding tokens.
+            gate: `[...]`, what the output of each token will be multiplied by; 0 leaves a token out.
+        """
         rows = x.detach().reshape(-1, x.shape[-1])
-        if mask is not None and mask.numel() == rows.shape[0]:
-            rows = rows[mask.reshape(-1)]
+        keep = mask.reshape(-1) if mask is not None and mask.numel() == rows.shape[0] else None
+        if gate is not None:
+            gate = gate.detach().reshape(-1).float()
+            keep = gate != 0 if keep is None else keep & (gate != 0)
+            gate = gate[keep]
+            self._weighted = True
+        if keep is not None:
+            rows = rows[keep]
+        if not rows.shape[0]:
+            return
         self.n += rows.shape[0]
-        dtype = rows.dtype if rows.is_cuda else torch.float32
+        dtype = rows.dtype if rows.is_cuda and gate is None else torch.float32
         columns = torch.empty(rows.shape[::-1], dtype=dtype, device=rows.device).copy_(rows.T)
+        if gate is not None:
+            columns *= gate
         add_gram_(self._gram, columns)
-        self._abs += torch.linalg.vector_norm(columns, 1, dim=1, dtype=torch.float32)
-        self._sum += columns.sum(1, dtype=torch.float32)
+        if gate is None:
+            self._abs += torch.linalg.vector_norm(columns, 1, dim=1, dtype=torch.float32)
+            self._sum += columns.sum(1, dtype=torch.float32)
+        else:
+            self._abs += columns.abs() @ gate.abs()
+            self._sum += columns @ gate
+            weight = gate.double().square()
+            self._weight += float(weight.sum())
+            self._squares += float(weight.square().sum())
 
     def finish(self, name: str) -> Statistics:
         """The statistics; `name` is the layer, for messages.
@@ -68,9 +143,10 @@ class StatisticsAccumulator:
         Raises:
             NumericsError: NaN or inf among the activations.
         """
-        n = max(self.n, 1)
+        total = (self._weight or 1.0) if self._weighted else max(self.n, 1)
+        effective = self._weight**2 / (self._squares or 1.0) if self._weighted else None
         mirror_(self._gram)
-        result = Statistics(self.n, self._gram.div_(n), self._abs / n, self._sum / n)
+        result = Statistics(self.n, self._gram.div_(total), self._abs / total, self._sum / total, effective)
         if not torch.isfinite(result.gram).all():
             raise NumericsError(
                 f"the input of {name} holds NaN or inf during calibration",

@@ -16,7 +16,7 @@ memory: a model makes them once a batch, for all of its blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,11 +41,14 @@ class Call:
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The block's output for `hidden` (`[batch, tokens, hidden]`)."""
-        if self.keyword:
-            out = block(*self.args, **{HIDDEN: hidden}, **self.kwargs)
-        else:
-            out = block(hidden, *self.args, **self.kwargs)
+        out = self.returned(block, hidden)
         return out[0] if isinstance(out, tuple) else out
+
+    def returned(self, block: nn.Module, hidden: torch.Tensor) -> Any:
+        """All that the block returns: its output, or a tuple with that first."""
+        if self.keyword:
+            return block(*self.args, **{HIDDEN: hidden}, **self.kwargs)
+        return block(hidden, *self.args, **self.kwargs)
 
 
 @dataclass(slots=True)
@@ -56,25 +59,59 @@ class StackInputs:
         hidden: per batch, the input of the block that is worked next, or where it is kept.
         calls: `[block][batch]`.
         masks: per batch, True for tokens that are no padding, or None.
+        feeds: whether something reads what the last block gives, which is then kept in `hidden`, for `replay`.
+        tuples: whether the last block returned it in a tuple.
+        original: per batch, the input that the original model gives the block that is worked next; empty unless `fork`
+            was called.
     """
 
     hidden: list[torch.Tensor | Offloaded] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
     masks: list[torch.Tensor | None] = field(default_factory=list)
+    feeds: bool = False
+    tuples: bool = False
+    original: list[torch.Tensor | Offloaded] = field(default_factory=list)
+
+    def fork(self) -> None:
+        """Keep two versions of the samples from here on: `advance` changes one, `advance_original` the other."""
+        self.original = [kept.file.keep(kept.load()) if isinstance(kept, Offloaded) else kept for kept in self.hidden]
+
+    def advance_original(self, index: int, block: nn.Module) -> None:
+        """Replace the original inputs of block `index` by those of the next; `advance` comes after it."""
+        with torch.no_grad():
+            for batch, call in enumerate(self.calls[index]):
+                self.keep_original(batch, index, call.run(block, load(self.original[batch])))
+
+    def keep_original(self, batch: int, index: int, out: torch.Tensor) -> None:
+        """Keep what the original block `index` gives for a batch; after the last block nothing reads it."""
+        if index + 1 < len(self.calls):
+            self._keep(self.original, batch, self._next(batch, index, out))
 
     def advance(self, index: int, block: nn.Module) -> None:
-        """Replace the inputs of block `index` by those of the next block; nothing reads what the last one gives."""
-        following = self.calls[index + 1] if index + 1 < len(self.calls) else []
+        """Replace the inputs of block `index` by those of the next block, of the last by its outputs if it `feeds`."""
+        last = index + 1 == len(self.calls)
+        calls, self.calls[index] = self.calls[index], []
+        if last and not self.feeds:
+            return
         with torch.no_grad():
-            for batch, (call, after) in enumerate(zip(self.calls[index], following, strict=False)):
-                out = call.run(block, load(self.hidden[batch]))
-                out = (out if after.between is None else out + load(after.between)).contiguous()
-                kept = self.hidden[batch]
-                if isinstance(kept, Offloaded):
-                    kept.store(out)
-                else:
-                    self.hidden[batch] = out
-        self.calls[index] = []
+            for batch, call in enumerate(calls):
+                out = call.returned(block, load(self.hidden[batch]))
+                self.tuples = isinstance(out, tuple)
+                self._keep(self.hidden, batch, self._next(batch, index, out[0] if self.tuples else out))
+
+    def _next(self, batch: int, index: int, out: torch.Tensor) -> torch.Tensor:
+        """The input of the block after `index`, which gave `out`."""
+        last = index + 1 == len(self.calls)
+        between = None if last else self.calls[index + 1][batch].between
+        return (out if between is None else out + load(between)).contiguous()
+
+    @staticmethod
+    def _keep(where: list[torch.Tensor | Offloaded], batch: int, hidden: torch.Tensor) -> None:
+        kept = where[batch]
+        if isinstance(kept, Offloaded):
+            kept.store(hidden)
+        else:
+            where[batch] = hidden
 
 
 class _StackDone(Exception):
@@ -164,6 +201,67 @@ def _record(
             except _StackDone:
                 continue
     return inputs
+
+
+def replay(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    inputs: StackInputs,
+    batches: Sequence[dict[str, torch.Tensor]],
+    reader: nn.Module,
+    *,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Run `model` on each batch from the end of a stack to the call of `reader`, which comes after it.
+
+    Args:
+        blocks: of the stack, all of them; in their place are stubs, which give what `inputs` has kept of the last.
+        inputs: what `record` gave for these batches, advanced through every block with `feeds` set.
+
+    Yields:
+        What `reader` is called with, and the mask of its tokens, batch by batch.
+
+    Raises:
+        PlanError: the model does not call `reader`.
+    """
+    seen: list[torch.Tensor] = []
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        seen.append((*args, *kwargs.values())[0])
+        raise _StackDone
+
+    for batch, kept, mask in zip(batches, inputs.hidden, inputs.masks, strict=True):
+        with torch.no_grad(), _replaced_forwards([reader], [stop]), suppress(_StackDone):
+            finish(model, blocks, batch, load(kept), tuples=inputs.tuples, device=device)
+        if not seen:
+            raise PlanError(f"{type(model).__name__} does not call its output head", hint="leave out --lm-head")
+        yield seen.pop(), mask
+
+
+def finish(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    batch: dict[str, torch.Tensor],
+    hidden: torch.Tensor,
+    *,
+    tuples: bool,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """The logits of a batch, `[batch, tokens, vocabulary]`, if the last block of a stack gives `hidden`. Gradients flow
+    back to it.
+
+    Args:
+        blocks: of the stack, all of them; in their place are stubs.
+        tuples: whether the blocks return tuples.
+    """
+
+    def stub(*args: Any, **kwargs: Any) -> Any:
+        return (hidden,) if tuples else hidden
+
+    batch = {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
+    with _replaced_forwards(blocks, [stub for _ in blocks]):
+        logits: torch.Tensor = model(**batch, use_cache=False).logits
+    return logits
 
 
 @contextmanager

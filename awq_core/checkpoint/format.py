@@ -58,8 +58,14 @@ class Packed(Protocol):
     def scales(self) -> torch.Tensor: ...
 
 
-def quantization_config(*, group_size: int, modules_to_not_convert: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` that transformers, vLLM and SGLang read; ready for JSON."""
+def quantization_config(
+    *, group_size: int, modules_to_not_convert: Sequence[str], lm_head: bool = False
+) -> dict[str, Any]:
+    """The `quantization_config` that transformers, vLLM and SGLang read; ready for JSON.
+
+    Args:
+        lm_head: the output head is quantized, which engines want to be told by a key of its own.
+    """
     return {
         "quant_method": "awq",
         "bits": 4,
@@ -67,6 +73,7 @@ def quantization_config(*, group_size: int, modules_to_not_convert: Sequence[str
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": list(modules_to_not_convert),
+        **({"lm_head": True} if lm_head else {}),
     }
 
 

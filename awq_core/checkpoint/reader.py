@@ -14,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -99,6 +101,14 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder / entry.shard}: {name} is {entry.dtype}, which torch cannot hold")
         return _DTYPES[entry.dtype]
 
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The floating-point dtype most of the checkpoint's bytes are in; float32 where there is none."""
+        sizes: Counter[torch.dtype] = Counter()
+        for name in self.names:
+            sizes[self.dtype(name)] += self.nbytes(name)
+        return next((dtype for dtype, _ in sizes.most_common() if dtype.is_floating_point), torch.float32)
+
     def nbytes(self, name: str) -> int:
         """Size on disk."""
         return self._entry(name).nbytes
@@ -110,10 +120,12 @@ class CheckpointReader:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         check_finite: bool = True,
+        rows: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """Read one tensor into memory of its own.
 
         Args:
+            rows: only those from the first number to before the second are read; others never come into memory.
             device: where to put it.
             dtype: cast floating-point tensors to this; others, and float8 with dtype None, stay as they are.
             check_finite: refuse NaN and inf, in the file or made by the cast.
@@ -122,7 +134,7 @@ class CheckpointReader:
             CheckpointError: unknown name, or the file shrank or failed since it was opened.
             NumericsError: the tensor holds NaN or inf.
         """
-        entry = self._entry(name)
+        entry = _rows(self._entry(name), rows) if rows else self._entry(name)
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
         self._fill(buffer.numpy().data, entry)
         tensor = buffer.view(self.dtype(name)).reshape(entry.shape)
@@ -187,6 +199,15 @@ def fingerprint(folder: str | os.PathLike[str]) -> str:
     except OSError as error:
         raise CheckpointError(f"{error.filename or root} cannot be read: {error.strerror}", hint=AGAIN) from error
     return digest.hexdigest()
+
+
+def _rows(entry: Entry, rows: tuple[int, int]) -> Entry:
+    """Where some rows of a tensor lie."""
+    first, end = (min(row, entry.shape[0]) for row in rows)
+    size = entry.nbytes // entry.shape[0]
+    return replace(
+        entry, start=entry.start + first * size, nbytes=(end - first) * size, shape=(end - first, *entry.shape[1:])
+    )
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:

@@ -92,6 +92,12 @@ class CheckpointWriter:
         return self._partial.resumable and not self._partial.published
 
     @property
+    def unfinished(self) -> Mapping[str, Any] | None:
+        """Before `begin`, the identity of the unfinished run found in `out`, if there is one: for a setting that was
+        computed, and is to be taken over rather than computed again."""
+        return None if self._begun or self._partial.journal is None else self._partial.journal.identity
+
+    @property
     def total_bytes(self) -> int:
         """Size of the tensors added so far, those of the units found by `begin` included."""
         return self._parts.total_bytes

@@ -129,7 +129,7 @@ def quantize(name: str, folder: Path, out: Path, config: Any, data: CalibrationD
     import awq_core
     from awq_core.cli.progress import quantizing
     from awq_core.cli.quantize import total_loss
-    from awq_core.model_card import size_text
+    from awq_core.sizes import size_text
 
     watched = config.needs_calibration and not as_json
     with quantizing(False, indent="       ") if watched else nullcontext() as progress:
@@ -145,7 +145,7 @@ def show(rows: Sequence[Row]) -> None:
     from rich.table import Table
 
     from awq_core.cli.demo_measure import PROMPT
-    from awq_core.model_card import size_text
+    from awq_core.sizes import size_text
 
     table = Table()
     for title in ("", "perplexity", "KL to original", "top-1", "size", "tokens/s"):

@@ -67,6 +67,16 @@ _WEIGHTS: tuple[Decorator, ...] = (
         help="Of --rounding heuristic: protect more outlier channels.",
     ),
     click.option(
+        "--correct-inputs",
+        type=float,
+        metavar="F",
+        default=0.0,
+        help="Make up for this share of the drift that earlier layers' rounding causes; 0.5 is a good one.",
+    ),
+    click.option(
+        "--correct-bias/--no-correct-bias", help="Let biases absorb the mean rounding error of their linears."
+    ),
+    click.option(
         "--no-scale", is_flag=True, help="Do not search scales. Switches the clip off too, unless --clip is given."
     ),
     click.option(
@@ -85,6 +95,14 @@ _WEIGHTS: tuple[Decorator, ...] = (
         metavar="NAME",
         multiple=True,
         help="Linears whose full name contains NAME stay as they are. Repeatable.",
+    ),
+    click.option("--lm-head", is_flag=True, help="Quantize the output head too. Few engines load that."),
+    click.option(
+        "--lm-head-chunks",
+        type=click.IntRange(min=0),
+        metavar="N",
+        default=0,
+        help="Of --lm-head: work it in about N row chunks; 0 goes by its size.",
     ),
     click.option("--samples", type=click.IntRange(min=1), metavar="N", default=128, help="Calibration samples."),
     click.option("--seq-len", type=click.IntRange(min=1), metavar="N", default=512, help="Tokens in each sample."),
@@ -124,11 +142,15 @@ def make_config(
     rounding: str,
     max_flip_percent: float = 0.01,
     knee_tolerance: float = 0.0,
+    correct_inputs: float = 0.0,
+    correct_bias: bool = False,
     no_scale: bool,
     clip: str | None,
     no_clip: bool,
     components: Sequence[tuple[str, str]],
     keep: Sequence[str] = (),
+    lm_head: bool = False,
+    lm_head_chunks: int = 0,
     seed: int = 0,
 ) -> QuantConfig:
     """The configuration that options ask for.
@@ -154,7 +176,11 @@ def make_config(
         rounding=rounding,
         max_flip_percent=max_flip_percent,
         knee_tolerance=knee_tolerance,
+        correct_inputs=correct_inputs,
+        correct_bias=correct_bias,
         components=chosen,
         modules_to_not_convert=tuple(keep),
+        lm_head=lm_head,
+        lm_head_chunks=lm_head_chunks,
         seed=seed,
     )

@@ -7,8 +7,8 @@ from typing import Any
 
 from awq_core.cli.collapse import collapse, ranges
 from awq_core.cli.output import plural
-from awq_core.model_card import size_text
 from awq_core.plan_types import BlockPlan, LinearPlan, Plan
+from awq_core.sizes import size_text
 
 
 def describe(plan: Plan) -> Iterator[str]:
@@ -22,6 +22,7 @@ def describe(plan: Plan) -> Iterator[str]:
     yield f"peak memory   about {size_text(plan.peak_bytes)}"
     yield from _components(plan)
     yield from _groups(plan)
+    yield from _head(plan)
     yield from _kept(plan)
 
 
@@ -33,6 +34,8 @@ def method(plan: Plan) -> str:
     steps += ["activation-aware scales"] if config.scale else []
     steps += [f"{config.clip} clip"] if config.clip != "none" else []
     steps += ["round to nearest" if config.rounding == "nearest" else f"{config.rounding} rounding"]
+    steps += ["corrected inputs"] if config.correct_inputs else []
+    steps += ["corrected biases"] if config.correct_bias else []
     steps += [] if config.needs_calibration else ["no calibration"]
     return ", ".join(steps)
 
@@ -79,6 +82,18 @@ def _groups(plan: Plan) -> Iterator[str]:
             reasons.setdefault(skip.why, []).append(skip.where)
         skipped = [f"{where}: {why}" for why, wheres in reasons.items() for where in collapse(wheres, linked=True)]
         yield from (f"    skipped: {line}" for line in collapse(skipped, linked=True))
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    """The output head, where it is quantized."""
+    if plan.head is None:
+        return
+    linear = plan.head.linear
+    chunks = -(-linear.out_features // plan.head.rows)
+    yield "output head"
+    where = f"4 bits in groups of {linear.group_size}, worked in {plural(chunks, 'row chunk')}"
+    tied = f"; untied from {plan.head.tied}, which stays" if plan.head.tied else ""
+    yield f"  {linear.name}: {where}{tied}"
 
 
 def _shape(block: BlockPlan) -> Any:

@@ -10,13 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from awq_core.cli.allocation_text import allocation_text
 from awq_core.cli.output import duration, note, print_json_line
 
 if TYPE_CHECKING:
     from awq_core.api import Phase
+    from awq_core.mixed import Allocation
     from awq_core.quantization.engine import BlockDone
+    from awq_core.quantization.sensitivity import Sensing
 
-    Events = Callable[[Phase | BlockDone], None]
+    Event = Phase | BlockDone | Sensing | Allocation
+    Events = Callable[[Event], None]
     Windows = Callable[[int, int], None]
 
 
@@ -47,7 +51,7 @@ def loss_text(event: BlockDone) -> str:
 
 def memory_text(event: BlockDone) -> str:
     """Memory in use when the block was done: "1.2 GB in use"."""
-    from awq_core.model_card import size_text
+    from awq_core.sizes import size_text
 
     return f"{size_text(event.memory_bytes)} in use"
 
@@ -58,6 +62,17 @@ def block_text(event: BlockDone, left: float) -> str:
     parts += [f"{duration(left)} left"] if event.done < event.total else []
     parts += [loss_text(event)] if event.loss is not None else []
     return "  ".join([*parts, memory_text(event)])
+
+
+def sensing_left(event: Sensing) -> float:
+    """Seconds until all sensitivities are known."""
+    return event.seconds / event.share * (1 - event.share)
+
+
+def sensing_text(event: Sensing) -> str:
+    """ "sensitivity 40%  12 s left"."""
+    left = f"  {duration(sensing_left(event))} left" if event.share < 1 else ""
+    return f"sensitivity {event.share:.0%}{left}"
 
 
 @contextmanager
@@ -76,12 +91,18 @@ def _json_lines() -> Events:
     from dataclasses import asdict
 
     from awq_core.api import Phase
+    from awq_core.mixed import Allocation
+    from awq_core.quantization.sensitivity import Sensing
 
     pace = Pace()
 
-    def receive(event: Phase | BlockDone) -> None:
+    def receive(event: Event) -> None:
         if isinstance(event, Phase):
             print_json_line({"event": "phase", **asdict(event)})
+        elif isinstance(event, Sensing):
+            print_json_line({"event": "sensitivity", **asdict(event), "seconds_left": round(sensing_left(event), 2)})
+        elif isinstance(event, Allocation):
+            print_json_line({"event": "allocation", **event.to_dict()})
         else:
             print_json_line({"event": "block", **asdict(event), "seconds_left": round(pace.left(event), 2)})
 
@@ -90,11 +111,20 @@ def _json_lines() -> Events:
 
 def _lines(indent: str) -> Events:
     from awq_core.api import Phase
+    from awq_core.mixed import Allocation
+    from awq_core.quantization.sensitivity import Sensing
 
     pace = Pace()
 
-    def receive(event: Phase | BlockDone) -> None:
-        note(indent + (event.text if isinstance(event, Phase) else block_text(event, pace.left(event))))
+    def receive(event: Event) -> None:
+        if isinstance(event, Allocation):
+            lines = allocation_text(event)
+        elif isinstance(event, Sensing):
+            lines = [sensing_text(event)]
+        else:
+            lines = [event.text if isinstance(event, Phase) else block_text(event, pace.left(event))]
+        for line in lines:
+            note(indent + line)
 
     return receive
 
@@ -105,15 +135,23 @@ def _bar(indent: str) -> Iterator[Events]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from awq_core.api import Phase
+    from awq_core.mixed import Allocation
+    from awq_core.quantization.sensitivity import Sensing
 
     pace = Pace()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"))
     with Progress(*columns, console=Console(stderr=True)) as progress:
+        sensing = progress.add_task(f"{indent}sensitivity", total=1.0, detail="", visible=False)
         task = progress.add_task(f"{indent}blocks", total=None, detail="", visible=False)
 
-        def receive(event: Phase | BlockDone) -> None:
-            if isinstance(event, Phase):
-                progress.console.print(indent + event.text, markup=False, highlight=False)
+        def receive(event: Event) -> None:
+            if isinstance(event, (Phase, Allocation)):
+                for line in [event.text] if isinstance(event, Phase) else allocation_text(event):
+                    progress.console.print(indent + line, markup=False, highlight=False)
+                return
+            if isinstance(event, Sensing):
+                detail = f"{duration(sensing_left(event))} left"
+                progress.update(sensing, completed=event.share, detail=detail, visible=event.share < 1)
                 return
             left = pace.left(event)
             parts = [f"{pace.seconds / event.done:.1f} s a block"]

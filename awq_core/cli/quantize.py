@@ -28,6 +28,7 @@ Examples:
   awq quantize MODEL --out DIR
   awq quantize MODEL --out DIR --calib corpus.jsonl --samples 256
   awq quantize MODEL --out DIR --group-size 32 --component vision=keep
+  awq quantize MODEL --out DIR --target-bits 4.6
   awq quantize --recipe recipe.yaml --out DIR
   awq quantize MODEL --out DIR --group-size 64 --reuse EARLIER
   awq quantize MODEL --out DIR --rounding nearest --no-scale
@@ -57,6 +58,16 @@ With --json, stdout has one JSON object a line: phases, blocks, then the result.
 @click.option(
     "--reuse", metavar="DIR", help="Take scales, and ranges at the same group size, from a finished run on MODEL."
 )
+@click.option(
+    "--target-bits", type=float, metavar="B", help="Average bits a weight, such as 4.6: the most sensitive stay in 16."
+)
+@click.option("--target-size", metavar="SIZE", help="The same for the size of all weights: 5GB, 4.7GiB.")
+@click.option(
+    "--layers-per-batch",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Accepted and not used: one block at a time is in memory, however many layers there are.",
+)
 @click.option("--restart", is_flag=True, help="Clear an unfinished run in DIR instead of resuming it.")
 @trust_option
 @json_option
@@ -73,6 +84,9 @@ def quantize(
     seed: int,
     offload: str | None,
     reuse: str | None,
+    target_bits: float | None,
+    target_size: str | None,
+    layers_per_batch: int | None,
     restart: bool,
     trust_remote_code: bool,
     as_json: bool,
@@ -80,8 +94,10 @@ def quantize(
 ) -> None:
     """Quantize MODEL, a folder or a hub name, into an AWQ checkpoint."""
     config = make_config(**weights, seed=seed)
-    if calib is not None and not config.needs_calibration:
+    if calib is not None and not config.needs_calibration and target_bits is None and target_size is None:
         note("round-to-nearest needs no calibration: --calib is not read")
+    if layers_per_batch is not None:
+        note("--layers-per-batch is not needed: one block at a time is in memory, however many layers there are")
     import awq_core
     from awq_core.cli.progress import quantizing
 
@@ -100,6 +116,8 @@ def quantize(
             restart=restart,
             offload=offload,
             reuse=reuse,
+            target_bits=target_bits,
+            target_size=target_size,
             progress=progress,
         )
     for text in result.calibration.notes if result.calibration else ():
@@ -129,8 +147,10 @@ def summary(result: QuantizeResult) -> dict[str, Any]:
         "calibration": {"source": data.source, "samples": data.samples, "tokens": data.tokens} if data else None,
         "loss_rtn": total_loss(result, "loss_rtn"),
         "loss": total_loss(result, "loss"),
+        "routed_tokens": routed_tokens(result),
         "bytes_before": plan.bytes_before,
         "bytes_after": weight_bytes(Path(result.out)),
+        "bits": round(result.allocation.bits, 4) if result.allocation else None,
         "seconds": round(result.seconds, 2),
     }
 
@@ -141,12 +161,30 @@ def total_loss(result: QuantizeResult, field: str) -> float | None:
     return None if not losses or None in losses else sum(losses)
 
 
+def routed_tokens(result: QuantizeResult) -> dict[str, int]:
+    """Calibration tokens that were sent to each expert, by its path; empty without a mixture."""
+    return {r.name.rpartition(".")[0]: r.routed for r in result.reports if r.routed is not None}
+
+
+def starved_experts(result: QuantizeResult) -> int:
+    """Experts that were sent fewer tokens than they have input channels."""
+    widths = {linear.name: linear.in_features for linear in result.plan.linears}
+    few = (r.name for r in result.reports if r.routed is not None and r.routed < widths[r.name])
+    return len({name.rpartition(".")[0] for name in few})
+
+
 def tell(result: QuantizeResult) -> None:
     """The result for the eye: where it is, how large, how good, how long it took."""
-    from awq_core.model_card import size_text
+    from awq_core.sizes import size_text
 
     before, after = size_text(result.plan.bytes_before), size_text(weight_bytes(Path(result.out)))
     click.echo(f"{result.out}: {before} -> {after} in {duration(result.seconds)}")
     rtn, loss = total_loss(result, "loss_rtn"), total_loss(result, "loss")
     if rtn and loss is not None:
         click.echo(f"output error {loss:.3g}, {loss / rtn:.1%} of round-to-nearest's {rtn:.3g}, summed over linears")
+    experts, starved = len(routed_tokens(result)), starved_experts(result)
+    if starved:
+        click.echo(
+            f"{starved} of {experts} experts were sent fewer tokens than they have input channels, and lean on the "
+            "statistics of all tokens; more --samples would help"
+        )

@@ -53,6 +53,12 @@ class UnstackedExperts(nn.Module):
         gate, up, down = (self.get_submodule(f"{expert}.{name}") for name in self.names)
         return down(self.act_fn(gate(x)) * up(x))
 
+    def gate_weights(
+        self, expert: str, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """g_e(t) for one expert, `[T]`: what its output is multiplied by; 0 for rows that go elsewhere."""
+        return (top_k_weights * (top_k_index == int(expert))).sum(-1)
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:

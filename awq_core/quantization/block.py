@@ -21,21 +21,23 @@ from functools import partial
 import torch
 from torch import nn
 
-from awq_core.calibration.statistics import Statistics
+from awq_core.calibration.statistics import Statistics, output_loss
 from awq_core.checkpoint.pack import PackedLinear, dequantize, pack_linear
 from awq_core.config import QuantConfig
 from awq_core.errors import NumericsError
 from awq_core.plan_types import BlockPlan, LinearPlan
-from awq_core.quantization import codes, scales
+from awq_core.quantization import codes, correction, scales
 from awq_core.quantization.fold import fold_norm, fold_rows, tied
 from awq_core.quantization.reuse import Found
+from awq_core.quantization.rounding import round_trip
 from awq_core.scale_groups import GroupPlan
 
 
 @dataclass(frozen=True, slots=True)
 class LinearReport:
     """What was decided for one linear; losses are None where no calibration was asked for. `clipped` is a share of
-    groups, `flipped` of codes, `masked` of input channels; `note` says why another rounding was used."""
+    groups, `flipped` of codes, `masked` of input channels; `note` says why another rounding was used. `routed`: of
+    `tokens`, those that the router sends to the expert whose linear this is; None outside a mixture's experts."""
 
     name: str
     tokens: int
@@ -47,6 +49,7 @@ class LinearReport:
     flipped: float = 0.0
     masked: float = 0.0
     note: str = ""
+    routed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +75,18 @@ class _Weights:
     def __init__(self, block: nn.Module, path: str) -> None:
         self.block = block
         self.path = path
+        self.steps: dict[str, torch.Tensor] = {}
         self.rows: dict[str, torch.Tensor] = {}
         self.columns: dict[str, torch.Tensor] = {}
         self.folded: dict[str, torch.Tensor] = {}
 
-    def original(self, name: str) -> torch.Tensor:
-        return self.block.get_parameter(f"{name}.weight").data.float()
+    def target(self, name: str) -> torch.Tensor:
+        """The original weight, corrected for what has become of its input."""
+        weight = self.block.get_parameter(f"{name}.weight").data.float()
+        return torch.addmm(weight, weight, self.steps[name]) if name in self.steps else weight
 
     def effective(self, name: str) -> torch.Tensor:
-        weight = self.original(name)
+        weight = self.target(name)
         if name in self.columns:
             weight = weight * self.columns[name]
         if name in self.rows:
@@ -102,6 +108,7 @@ def quantize_block(
     step_dtype: torch.dtype,
     stored: Mapping[str, torch.dtype] | None = None,
     found: Found | None = None,
+    drifted: Mapping[str, torch.Tensor] | None = None,
 ) -> QuantizedBlock:
     """Quantize a block in place: its linears' weights become the dequantized ones, its norms absorb the scales.
 
@@ -113,6 +120,7 @@ def quantize_block(
         stored: dtype on disk by parameter name in the model, where it is not the one the block is worked in. What is
             folded is rounded to it at once, so that the codes are chosen for the norms that will really be there.
         found: scales and ranges of an earlier run, taken instead of searching.
+        drifted: D of `correction.py` by linear, for those whose input is corrected for.
 
     Raises:
         NumericsError: a weight or scale that is NaN or inf.
@@ -120,6 +128,7 @@ def quantize_block(
     weights = _Weights(block, plan.path)
     linears = {_local(linear, plan): linear for linear in plan.quantized}
     waiting = list(plan.groups) if config.scale else []
+    folded: list[GroupPlan] = []  # before any statistics
     chosen: dict[str, scales.ScaleResult] = {}
     kept: dict[str, torch.Tensor] = {}
     loss_rtn: dict[str, float] = {}
@@ -129,14 +138,28 @@ def quantize_block(
     reports: dict[str, LinearReport] = {}
 
     def rtn_loss(name: str, statistic: Statistics) -> float:
-        size, identity = linears[name].group_size, torch.ones_like(statistic.mean)
-        return scales.round_trip_loss(weights.original(name), identity, statistic.gram, size, step_dtype)
+        """Round-to-nearest of the original weight; the input may be scaled by now, in both or in neither."""
+        weight, size = weights.target(name), linears[name].group_size
+        columns = weights.columns.get(name, torch.ones_like(statistic.mean))
+        total = 0.0
+        for part in weight.split(max(1, scales.CHUNK_ELEMENTS // weight.shape[1])):
+            error = round_trip(part, size, step_dtype).sub_(part).mul_(columns)
+            total += float(output_loss(error, statistic.gram).sum())
+        return total / len(weight)
 
     def finish(name: str, statistic: Statistics | None) -> None:
         linear, scale = linears[name], chosen.get(name)
-        if statistic is not None and name not in loss_rtn:
+        if statistic is not None and (statistic.own is not None or name not in loss_rtn):
+            statistic = statistic.with_own(weights.columns.get(name))
             loss_rtn[name] = rtn_loss(name, statistic)
+        absorbs = config.correct_bias and linear.bias and statistic is not None
+        if statistic is not None and absorbs:
+            statistic = statistic.centered()
         packed[name], result, loss = _quantize_linear(weights, name, linear, statistic, config, step_dtype, found)
+        if statistic is not None and absorbs:
+            error = dequantize(packed[name]).to(statistic.mean.device).sub_(weights.effective(name))
+            bias, on_disk = weights.changed(f"{name}.bias"), (stored or {}).get(f"{linear.name}.bias")
+            bias.copy_((bias.float() - error @ statistic.mean).to(on_disk or bias.dtype))
         reports[name] = LinearReport(
             linear.name,
             statistic.n if statistic else 0,
@@ -148,6 +171,7 @@ def quantize_block(
             result.flipped,
             result.masked,
             result.note,
+            statistic.routed if statistic else None,
         )
 
     def fold(group: GroupPlan, result: scales.ScaleResult) -> torch.Tensor:
@@ -159,17 +183,17 @@ def quantize_block(
 
     if found is not None:
         for group in waiting:
-            fold(group, scales.reused(found.scale(f"{plan.path}.{group.prev}", like=weights.original(group.layers[0]))))
-        waiting = []
+            fold(group, scales.reused(found.scale(f"{plan.path}.{group.prev}", like=weights.target(group.layers[0]))))
+        folded, waiting = waiting, []
     for part in statistics:
         observed.update(part)
         for name in [name for name, statistic in part.items() if statistic.n]:
             seen[name] = part[name]
-            if name in weights.columns:
-                loss_rtn[name] = rtn_loss(name, seen[name])
-        for group in plan.groups:
-            if group.layers[0] in part and group.layers[0] in weights.columns:
-                part[group.layers[0]].rescale_(weights.columns[group.layers[0]])
+        weights.steps |= correction.steps(drifted or {}, part, config.correct_inputs)
+        for group in [group for group in folded if not part.keys().isdisjoint(group.layers)]:
+            name = next(name for name in group.layers if name in part)
+            part[name].rescale_(weights.columns[name])  # once: experts that come later have the same tensors
+            folded.remove(group)
         del part  # or it keeps its Gram matrices alive beside those of the next
         while waiting and waiting[0].layers[0] in observed:
             group = waiting.pop(0)
@@ -179,7 +203,7 @@ def quantize_block(
             readers = partial(map, weights.effective, group.layers)
             result = scales.search(readers, seen[first], linears[first].group_size, step_dtype, group.shared)
             for name, loss in zip(group.layers, result.losses_rtn, strict=True):
-                loss_rtn[name] = rtn_loss(name, seen[name]) if name in weights.rows else loss
+                loss_rtn[name] = rtn_loss(name, seen[first]) if name in weights.rows else loss
             seen[first].rescale_(fold(group, result))
         undecided = {name for group in waiting for name in (group.prev, *group.layers)}
         for name in [name for name in linears if name in seen and name not in undecided]:

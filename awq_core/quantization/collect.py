@@ -3,13 +3,17 @@
 The linears of a scale group read one tensor and share one Gram matrix; a linear outside every group has its own. A
 block with a mixture of experts is observed in several passes (`awq_core.passes`), and each begins only when the caller
 asks for it: what it has dropped until then is not in memory beside the next.
+
+Every token is sent to the experts that are observed, and those that the router would have sent are counted a second
+time, weighted by the expert's gate (`calibration/statistics.py`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +23,7 @@ from awq_core.calibration.offload import load
 from awq_core.calibration.statistics import Statistics, StatisticsAccumulator
 from awq_core.calibration.trace import StackInputs
 from awq_core.devices import release_freed_memory
-from awq_core.passes import Pass, passes
+from awq_core.passes import Pass, Site, passes
 from awq_core.plan_types import BlockPlan
 
 
@@ -30,58 +34,91 @@ class _Enough(Exception):
 def collect(
     block: nn.Module, plan: BlockPlan, inputs: StackInputs, index: int, device: torch.device
 ) -> Iterator[dict[str, Statistics]]:
-    """Statistics by linear (path relative to the block), pass by pass; the members of a scale group share one object.
+    """Statistics by linear (path relative to the block), pass by pass, each linear once.
 
-    The block must compute what it computed at the first pass until the last is done.
+    Members of a scale group share one object; experts that do share its tensors, and have their `own` beside them. The
+    block must compute what it computed at the first pass until the last is done.
 
     Raises:
         NumericsError: NaN or inf among the activations, naming the linear.
     """
+    waiting: dict[str, Statistics] = {}
     for one in passes(plan):
-        yield _observe(block, plan, one, inputs, index, device)
+        _mix(waiting, one, *_observe(block, plan, one, inputs, index, device))
+        yield {name: waiting.pop(name) for name in one.complete}
         release_freed_memory()
 
 
 def _observe(
     block: nn.Module, plan: BlockPlan, one: Pass, inputs: StackInputs, index: int, device: torch.device
-) -> dict[str, Statistics]:
-    accumulators = {site.module: StatisticsAccumulator(site.width, device) for site in one.sites}
+) -> tuple[dict[str, Statistics], dict[str, Statistics]]:
+    """Statistics over all tokens and those over an expert's own, both by linear."""
+    mixture: Any = block.get_submodule(one.mixture) if one.mixture is not None else None
+    gated = hasattr(mixture, "gate_weights")
+    everything = {site.module: StatisticsAccumulator(site.width, device) for site in one.sites}
+    routed = {site.module: StatisticsAccumulator(site.width, device) for site in one.routed if gated}
+    modules = list(dict.fromkeys((*everything, *routed)))
+    gates: dict[str, torch.Tensor] = {}
     mask: list[torch.Tensor | None] = [None]
     calls: Counter[str] = Counter()
     usual: Counter[str] = Counter()
 
-    def watch(site: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def watch(path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def add(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             # A linear is called with its input; a module that is observed instead may be given it by name.
-            accumulators[site].add((*args, *named.values())[0], mask[0])
-            calls[site] += 1
+            x = (*args, *named.values())[0]
+            if path in everything:
+                everything[path].add(x, mask[0])
+            if path in routed:
+                routed[path].add(x, mask[0], gates[one.expert(path)])
+            calls[path] += 1
             if calls == usual:
                 raise _Enough
 
         return add
 
-    handles = [
-        block.get_submodule(site.module).register_forward_pre_hook(watch(site.module), with_kwargs=True)
-        for site in one.sites
-    ]
+    def route(mixture: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        gates.update((expert, mixture.gate_weights(expert, *args, **named)) for expert in one.experts)
+
+    handles = [block.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True) for path in modules]
+    if gated:
+        handles.append(mixture.register_forward_pre_hook(route, with_kwargs=True))
     try:
         with torch.no_grad(), _calibrating(block, one):
             for batch, call in enumerate(inputs.calls[index]):
                 mask[0] = inputs.masks[batch]
                 with suppress(_Enough):
                     call.run(block, load(inputs.hidden[batch]))
-                if batch == 0 and len(calls) == len(one.sites):
+                if batch == 0 and len(calls) == len(modules):
                     # Later batches end with the last input that the first one showed, before the last linear runs.
                     usual.update(calls)
                 calls.clear()
     finally:
         for handle in handles:
             handle.remove()
-    result: dict[str, Statistics] = {}
-    for site in one.sites:
-        statistics = accumulators.pop(site.module).finish(f"{plan.path}.{site.module}".removesuffix("."))
-        result.update(dict.fromkeys(site.readers, statistics))
-    return result
+
+    def finish(accumulators: dict[str, StatisticsAccumulator], sites: Iterable[Site]) -> dict[str, Statistics]:
+        result: dict[str, Statistics] = {}
+        for site in sites:
+            statistics = accumulators.pop(site.module).finish(f"{plan.path}.{site.module}".removesuffix("."))
+            result.update(dict.fromkeys(site.readers, statistics))
+        return result
+
+    return finish(everything, one.sites), finish(routed, one.routed if gated else ())
+
+
+def _mix(
+    waiting: dict[str, Statistics], one: Pass, everything: dict[str, Statistics], own: dict[str, Statistics]
+) -> None:
+    """Add to `waiting` what a pass observed. Where the all-token statistics are one expert's alone they are mixed at
+    once; where others read them too they stay, and the expert's own go with them."""
+    waiting.update(everything)
+    alone = {site.readers for site in one.sites}
+    for readers in (site.readers for site in one.routed):
+        if readers[0] in own:
+            mine, shared = own[readers[0]], waiting[readers[0]]
+            mixed = mine.towards_(shared) if readers in alone else replace(shared, own=mine, routed=mine.n)
+            waiting.update(dict.fromkeys(readers, mixed))
 
 
 @contextmanager

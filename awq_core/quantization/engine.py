@@ -8,13 +8,14 @@ unchanged, under their own names.
 
 Each finished block is committed to the writer's journal. A run that finds blocks already committed does not search
 them again: it reads their codes back and forwards the samples through them, which gives the next block bit for bit the
-input it would have had.
+input it would have had. The output head, where it is asked for, is one more such step after the last block.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -29,9 +30,11 @@ from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.checkpoint.writer import CheckpointWriter
 from awq_core.devices import memory_bytes, release_freed_memory
 from awq_core.errors import CalibrationError, PlanError
-from awq_core.plan_types import BlockPlan, Plan
+from awq_core.plan_types import BlockPlan, HeadPlan, Plan
 from awq_core.quantization.block import LinearReport, QuantizedBlock, quantize_block
 from awq_core.quantization.collect import collect
+from awq_core.quantization.correction import drift
+from awq_core.quantization.head import observe, quantize_head
 from awq_core.quantization.materialise import Materialiser
 from awq_core.quantization.reuse import Found, to_payload
 
@@ -97,32 +100,50 @@ class Engine:
         """Quantize every stack, write every tensor; returns a report a linear."""
         reports: list[LinearReport] = []
         written: set[str] = set()
-        total = sum(bool(block.quantized) for block in self.plan.blocks)
+        head = self.plan.head
+        total = sum(bool(block.quantized) for block in self.plan.blocks) + (head is not None)
         done = 0
-        for stack in _stacks(self.plan.blocks):
-            left = any(plan.quantized and plan.path not in writer.finished for plan in stack)
+
+        def finished(path: str, started: float) -> None:
+            nonlocal done
+            record = writer.finished[path]
+            found = [LinearReport(**report) for report in record["reports"]]
+            written.update(record["replaced"])
+            reports.extend(found)
+            done += 1
+            release_freed_memory()
+            if progress:
+                seconds = time.perf_counter() - started
+                progress(BlockDone(path, done, total, seconds, *_totals(found), memory_bytes(self.device)))
+
+        stacks = _stacks(self.plan.blocks, last_whole=head is not None)
+        for stack in stacks:
+            last = head if stack is stacks[-1] else None
+            names = [plan.path for plan in stack if plan.quantized] + ([last.linear.name] if last else [])
+            left = any(name not in writer.finished for name in names)
             inputs = self._trace(stack, data) if left else None
+            if inputs and last:
+                inputs.feeds = True
             for index, plan in enumerate(stack):
                 started = time.perf_counter()
                 block = self.model.get_submodule(plan.path)
                 if not plan.quantized:
                     if inputs:
                         with self.source.filled(block, plan.path):
+                            if inputs.original:
+                                inputs.advance_original(index, block)
                             inputs.advance(index, block)
                     continue
                 if plan.path not in writer.finished:
                     self._quantize(block, plan, inputs, index, writer)
                 else:
                     self._restore(block, plan, inputs, index, writer)
-                record = writer.finished[plan.path]
-                found = [LinearReport(**report) for report in record["reports"]]
-                written.update(record["replaced"])
-                reports += found
-                done += 1
-                release_freed_memory()
-                if progress:
-                    seconds = time.perf_counter() - started
-                    progress(BlockDone(plan.path, done, total, seconds, *_totals(found), memory_bytes(self.device)))
+                finished(plan.path, started)
+            if last:
+                started = time.perf_counter()
+                if last.linear.name not in writer.finished:
+                    self._quantize_head(last, stack, inputs, data, writer)
+                finished(last.linear.name, started)
         if REST not in writer.finished:
             for name in self.reader.names:
                 if name not in written:
@@ -139,12 +160,7 @@ class Engine:
         writer: CheckpointWriter,
     ) -> None:
         with self.source.filled(block, plan.path):
-            statistics = collect(block, plan, inputs, index, self.device) if inputs else ()
-            stored = {
-                name: self.reader.dtype(self.names[name])
-                for name in (f"{plan.path}.{local}" for local, _ in block.named_parameters())
-            }
-            result = quantize_block(block, plan, statistics, self.plan.config, self.step_dtype, stored, self.found)
+            result = self.search(block, plan, inputs, index)
             payload = {
                 "replaced": self._write(block, plan, result, writer),
                 "reports": [asdict(report) for report in result.reports],
@@ -152,6 +168,44 @@ class Engine:
             }
             writer.commit(plan.path, payload)
             self._hand_on(block, plan, inputs, index)
+
+    def search(self, block: nn.Module, plan: BlockPlan, inputs: StackInputs | None, index: int) -> QuantizedBlock:
+        """Decide on scales, ranges and codes of a filled block, and quantize it in place."""
+        drifted = drift(block, plan, inputs, index, self.device) if inputs and inputs.original else {}
+        statistics = collect(block, plan, inputs, index, self.device) if inputs else ()
+        stored = {
+            name: self.reader.dtype(self.names[name])
+            for name in (f"{plan.path}.{local}" for local, _ in block.named_parameters())
+        }
+        return quantize_block(block, plan, statistics, self.plan.config, self.step_dtype, stored, self.found, drifted)
+
+    def _quantize_head(
+        self,
+        head: HeadPlan,
+        stack: list[BlockPlan],
+        inputs: StackInputs | None,
+        data: CalibrationData | None,
+        writer: CheckpointWriter,
+    ) -> None:
+        name = head.linear.name
+        statistics = None
+        if inputs and data:
+            blocks = [self.model.get_submodule(plan.path) for plan in stack]
+            with self.around((*(plan.path for plan in stack), name)):
+                statistics = observe(self.model, blocks, inputs, data.batches, head, self.device)
+        own = self.names.get(f"{name}.weight")
+        source = own or self.names[head.tied]
+
+        def read(start: int, end: int) -> torch.Tensor:
+            return self.reader.tensor(source, rows=(start, end), device=self.device, dtype=torch.float32)
+
+        config, linear = self.plan.config, head.linear
+        known = None
+        if self.found and config.clip != "none":
+            known = self.found.grid(name, linear.in_features // linear.group_size, self.device)
+        packed, report = quantize_head(head, read, statistics, config, self.step_dtype, known=known)
+        _add_packed(writer, own or f"{name}.weight", packed)
+        writer.commit(name, {"replaced": [own] if own else [], "reports": [asdict(report)]})
 
     def _restore(
         self, block: nn.Module, plan: BlockPlan, inputs: StackInputs | None, index: int, writer: CheckpointWriter
@@ -161,6 +215,8 @@ class Engine:
             return
         stored = writer.stored(plan.path)
         with self.source.filled(block, plan.path):
+            if inputs and inputs.original:
+                inputs.advance_original(index, block)
             for name, parameter in block.named_parameters():
                 on_disk = self.names[f"{plan.path}.{name}"]
                 base = on_disk.removesuffix("weight")
@@ -183,11 +239,22 @@ class Engine:
         """The inputs of the stack's blocks, or None when the configuration needs no calibration."""
         if not self.plan.config.needs_calibration or data is None:
             return None
+        inputs = self.trace(stack, data.batches)
+        if self.plan.config.correct_inputs:
+            inputs.fork()
+        return inputs
+
+    def trace(self, stack: Sequence[BlockPlan], batches: Sequence[dict[str, torch.Tensor]]) -> StackInputs:
+        """The inputs of the stack's blocks.
+
+        Raises:
+            PlanError: the model calls its blocks, or reads weights before them, in a way that cannot be followed.
+            CalibrationError: no batch reaches the stack.
+        """
         blocks = [self.model.get_submodule(block.path) for block in stack]
-        prelude = [path for declared in self.plan.stacks for path in declared.prelude]
-        with self.source.filled_when_called(exclude=[block.path for block in stack], prelude=prelude):
+        with self.around([block.path for block in stack]):
             try:
-                inputs = record(self.model, blocks, data.batches, device=self.device, offload=self.offload)
+                inputs = record(self.model, blocks, batches, device=self.device, offload=self.offload)
             except (RuntimeError, NotImplementedError) as error:
                 if "meta" not in str(error):
                     raise
@@ -202,15 +269,17 @@ class Engine:
             )
         return inputs
 
+    def around(self, exclude: Iterable[str]) -> AbstractContextManager[None]:
+        """Everything a forward of the model calls is filled when it is, but for the modules at these paths."""
+        prelude = [path for declared in self.plan.stacks for path in declared.prelude]
+        return self.source.filled_when_called(exclude=exclude, prelude=prelude)
+
     def _write(self, block: nn.Module, plan: BlockPlan, result: QuantizedBlock, writer: CheckpointWriter) -> list[str]:
         """Add the block's changed tensors under their on-disk names; returns the names they replace."""
         replaced: list[str] = []
         for name, packed in result.packed.items():
             weight = self.names[f"{name}.weight"]
-            base = weight.removesuffix("weight")
-            writer.add(base + "qweight", packed.qweight)
-            writer.add(base + "qzeros", packed.qzeros)
-            writer.add(base + "scales", packed.scales)
+            _add_packed(writer, weight, packed)
             replaced.append(weight)
         parameters = {f"{plan.path}.{name}": parameter for name, parameter in block.named_parameters()}
         for name in sorted(result.changed):
@@ -220,15 +289,25 @@ class Engine:
         return replaced
 
 
-def _stacks(blocks: Iterable[BlockPlan]) -> list[list[BlockPlan]]:
+def _add_packed(writer: CheckpointWriter, weight: str, packed: PackedLinear) -> None:
+    """Add a linear's tensors in the place of `weight`, its name on disk."""
+    base = weight.removesuffix("weight")
+    writer.add(base + "qweight", packed.qweight)
+    writer.add(base + "qzeros", packed.qzeros)
+    writer.add(base + "scales", packed.scales)
+
+
+def _stacks(blocks: Iterable[BlockPlan], *, last_whole: bool = False) -> list[list[BlockPlan]]:
     """Blocks by stack, up to the last that is quantized, other components before language: language is calibrated on
-    what they will really feed it."""
+    what they will really feed it. `last_whole` takes all blocks of the last stack: something reads what they give."""
     stacks: dict[str, list[BlockPlan]] = {}
     for block in blocks:
         stacks.setdefault(f"{block.component}:{block.path.rpartition('.')[0]}", []).append(block)
-    ends = {name: max((i for i, b in enumerate(stack, 1) if b.quantized), default=0) for name, stack in stacks.items()}
-    worked = [stack[: ends[name]] for name, stack in stacks.items() if ends[name]]
-    return sorted(worked, key=lambda stack: stack[0].component == "language")
+    ordered = sorted(stacks.values(), key=lambda stack: stack[0].component == "language")
+    ends = [max((i for i, b in enumerate(stack, 1) if b.quantized), default=0) for stack in ordered]
+    if last_whole:
+        ends[-1] = len(ordered[-1])
+    return [stack[:end] for stack, end in zip(ordered, ends, strict=True) if end]
 
 
 def _totals(reports: list[LinearReport]) -> tuple[float | None, float | None]:

@@ -91,8 +91,9 @@ def prepare(
     """
     gram = statistics.gram
     columns = gram.shape[0]
-    if statistics.n < min_tokens_per_feature * columns:
-        note = f"{statistics.n} tokens for {columns} input channels, gptq needs {min_tokens_per_feature:g} a channel"
+    tokens = statistics.n_effective
+    if tokens < min_tokens_per_feature * columns:
+        note = f"{tokens:.0f} tokens for {columns} input channels, gptq needs {min_tokens_per_feature:g} a channel"
         return TooFewTokens(greedy.prepare(statistics, shrinkage=shrinkage), note)
     diagonal = gram.diagonal()
     ridge = shrinkage_ridge(statistics, shrinkage) + DAMPENING * diagonal.mean()

@@ -38,7 +38,10 @@ class Materialiser:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.reader, self.model, self.names = reader, model, names
+        shared = {id(parameter): names[name] for name, parameter in model.named_parameters() if name in names}
+        every = model.named_parameters(remove_duplicate=False)
+        tied = {name: shared[id(parameter)] for name, parameter in every if id(parameter) in shared}
+        self.reader, self.model, self.names = reader, model, {**tied, **names}
         self.device, self.dtype = device, dtype
         self.overrides: dict[str, torch.Tensor] = {}
 
@@ -60,8 +63,8 @@ class Materialiser:
         try:
             yield
         finally:
-            for child, names in loaded:
-                _empty(child, names)
+            for child, empty in loaded:
+                child._parameters.update(empty)
 
     @contextmanager
     def filled_when_called(self, *, exclude: Iterable[str], prelude: Iterable[str] = ()) -> Iterator[None]:
@@ -71,7 +74,7 @@ class Materialiser:
             exclude: paths never filled (blocks that are replaced by stubs).
             prelude: paths filled at once, because their weights are read without a call.
         """
-        loaded: list[tuple[nn.Module, list[str]]] = []
+        loaded: list[tuple[nn.Module, dict[str, nn.Parameter]]] = []
         handles = []
         exclude, prelude = tuple(exclude), tuple(prelude)
         for path, module in self.model.named_modules():
@@ -87,11 +90,12 @@ class Materialiser:
         finally:
             for handle in handles:
                 handle.remove()
-            for module, names in loaded:
-                _empty(module, names)
+            for module, empty in loaded:
+                module._parameters.update(empty)
 
-    def _load(self, module: nn.Module, path: str) -> tuple[nn.Module, list[str]]:
-        """Read a module's own parameters that are still on meta."""
+    def _load(self, module: nn.Module, path: str) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+        """Read a module's own parameters that are still on meta. Returns those on meta, to be put back: of two modules
+        that share one they are the same, and say so."""
         empty = {name: p for name, p in module._parameters.items() if p is not None and p.device.type == "meta"}
         for name, parameter in empty.items():
             full = f"{path}.{name}" if path else name
@@ -100,7 +104,7 @@ class Materialiser:
                 stored = self._on_disk(full, parameter.shape)
                 tensor = self.reader.tensor(stored, device=self.device, dtype=self.dtype)
             set_parameter(module, name, tensor)
-        return module, list(empty)
+        return module, empty
 
     def _on_disk(self, name: str, shape: torch.Size) -> str:
         """The stored name of a parameter, proved to be there in this shape."""
@@ -122,8 +126,3 @@ class Materialiser:
 
 def _below(path: str, roots: Iterable[str]) -> bool:
     return any(path == root or path.startswith(root + ".") for root in roots)
-
-
-def _empty(module: nn.Module, names: Iterable[str]) -> None:
-    for name in names:
-        set_parameter(module, name, module.get_parameter(name).data.to("meta"))

@@ -67,10 +67,13 @@ class Found:
     def __exit__(self, *error: object) -> None:
         self._reader.close()
 
-    def suffices(self, config: QuantConfig) -> bool:
-        """Whether nothing is left to search, so that no calibration is needed."""
+    def suffices(self, config: QuantConfig, head: str = "") -> bool:
+        """Whether nothing is left to search, so that no calibration is needed; `head` is the output head's path in the
+        model where that is quantized, which the earlier run may have kept."""
         known = config.clip == "none" or config.group_size == self._group_size
-        return known and config.rounding == "nearest"
+        if known and head and config.clip != "none":
+            known = self._base(head) + "qzeros" in self._reader
+        return known and config.rounding == "nearest" and not (config.correct_inputs or config.correct_bias)
 
     def scale(self, prev: str, *, like: torch.Tensor) -> torch.Tensor:
         """s of the group that `prev`, by its path in the model, absorbs; `[in]` fp32, on the device of `like`.
@@ -87,11 +90,16 @@ class Found:
 
     def grid(self, name: str, groups: int, device: torch.device) -> Grid | None:
         """The grid of a linear, by its path in the model; None where that run kept it or had other groups."""
-        base = self._names[f"{name}.weight"].removesuffix("weight")
+        base = self._base(name)
         if base + "qzeros" not in self._reader or self._reader.shape(base + "scales")[0] != groups:
             return None
         zero, step = unpack(self._reader.tensor(base + "qzeros")), self._reader.tensor(base + "scales")
         return Grid(step.float().T.contiguous().to(device), zero.float().T.contiguous().to(device))
+
+    def _base(self, name: str) -> str:
+        """What the names of a linear's tensors begin with on disk: its path in the model where the original has no
+        weight for it, since it shares that of another."""
+        return self._names.get(f"{name}.weight", f"{name}.weight").removesuffix("weight")
 
 
 def to_payload(scales: Mapping[str, torch.Tensor]) -> dict[str, str]:

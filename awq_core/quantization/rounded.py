@@ -10,8 +10,9 @@ slice by slice (`codes.py`).
 
 Off its diagonal the Gram matrix of few tokens is mostly noise, and codes chosen to fit that noise do harm on other
 tokens. So it is averaged with that of as many imaginary tokens as there are channels, in which the channels are
-independent: the off-diagonal shrinks by ρ = in / (in + n). Up to a factor that changes no decision this is a *ridge* on
-the diagonal, and a vector does what would need a second matrix:
+independent: the off-diagonal shrinks by ρ = in / (in + n), n the number of tokens (the effective one, where they count
+unequally). Up to a factor that changes no decision this is a *ridge* on the diagonal, and a vector does what would need
+a second matrix:
 
     (1 − ρ) H + ρ diag(H)  =  (1 − ρ) · (H + diag(r)),      r = ρ / (1 − ρ) · diag(H)
 """
@@ -51,7 +52,7 @@ def shrinkage_ridge(statistics: Statistics, shrinkage: float | None = None) -> t
     """r of the formula above, `[in]`, for ρ = `shrinkage` in [0, 1); None chooses ρ by the number of tokens."""
     diagonal = statistics.gram.diagonal()
     if shrinkage is None:
-        shrinkage = diagonal.numel() / (diagonal.numel() + max(statistics.n, 1))
+        shrinkage = diagonal.numel() / (diagonal.numel() + max(statistics.n_effective, 1))
     if not 0 <= shrinkage < 1:
         raise ValueError(f"shrinkage {shrinkage} is outside [0, 1)")
     return diagonal * (shrinkage / (1 - shrinkage))

@@ -1,4 +1,4 @@
-"""auto-round: its AWQ without clip (its default), exported as AutoAWQ's layout.
+"""auto-round: its AWQ without clip (its default), or its own SignRound, exported as AutoAWQ's layout.
 
 Only bf16 sources: from fp32 ones it writes the unscaled norms beside the scaled weights.
 """
@@ -13,6 +13,9 @@ from peers.job import Job
 def main() -> None:
     job = Job.read("auto-round")
     windows = job.windows()
+    method: str | AWQConfig = "signround"
+    if job.options["method"] == "awq":
+        method = AWQConfig(apply_clip=False, awq_seqlen=len(windows[0]))
     with job.phase("load"):
         tokenizer = AutoTokenizer.from_pretrained(job.source)
         model = AutoModelForCausalLM.from_pretrained(job.source, dtype=torch.bfloat16)
@@ -23,7 +26,7 @@ def main() -> None:
             scheme="W4A16",
             sym=False,
             group_size=job.group_size,
-            alg_configs=AWQConfig(apply_clip=job.options.get("clip", False), awq_seqlen=len(windows[0])),
+            alg_configs=method,
             dataset=[torch.tensor([row]) for row in windows],
             nsamples=len(windows),
             seqlen=len(windows[0]),

@@ -42,18 +42,26 @@ class Run:
         return self.name.partition(":")[0]
 
 
+CLIP = {"clip": "asymmetric"}
 RUNS: tuple[Run, ...] = (
-    Run("awq_core", "AWQ, clip", {"clip": "asymmetric"}),
-    Run("awq_core:no-clip", "AWQ, no clip", {"clip": "none"}),
-    Run("awq_core:greedy", "AWQ, clip, greedy", {"clip": "asymmetric", "rounding": "greedy"}),
-    Run("awq_core:gptq", "AWQ, clip, gptq", {"clip": "asymmetric", "rounding": "gptq"}),
-    Run("awq_core:rtn", "round to nearest", {"clip": "none", "scale": False}),
+    Run("awq_core", "the defaults"),
+    Run("awq_core:nearest", "AWQ, clip", CLIP | {"rounding": "nearest"}),
+    Run("awq_core:symmetric-clip", "AWQ, symmetric clip", {"clip": "symmetric", "rounding": "nearest"}),
+    Run("awq_core:no-clip", "AWQ, no clip", {"clip": "none", "rounding": "nearest"}),
+    Run("awq_core:heuristic", "AWQ, clip, heuristic", CLIP | {"rounding": "heuristic"}),
+    Run("awq_core:greedy", "AWQ, clip, greedy", CLIP | {"rounding": "greedy"}),
+    Run("awq_core:gptq", "AWQ, clip, gptq", CLIP | {"rounding": "gptq"}),
+    Run("awq_core:gptq-no-clip", "AWQ, no clip, gptq", {"clip": "none", "rounding": "gptq"}),
+    Run("awq_core:gptq-only", "no scales, no clip, gptq", {"scale": False, "clip": "none", "rounding": "gptq"}),
+    Run("awq_core:rtn", "round to nearest", {"scale": False, "clip": "none", "rounding": "nearest"}),
     Run("autoawq", "AWQ, clip", {"clip": True}),
     Run("autoawq:no-clip", "AWQ, no clip", {"clip": False}),
     Run("llmcompressor", "AWQ, no clip"),
     Run("gptqmodel", "AWQ, clip", {"method": "awq"}),
-    Run("gptqmodel:gptq", "GPTQ", {"method": "gptq"}),
-    Run("autoround", "AWQ, no clip"),
+    Run("gptqmodel:gptq", "GPTQ, symmetric", {"method": "gptq", "sym": True}),
+    Run("gptqmodel:gptq-asymmetric", "GPTQ", {"method": "gptq", "sym": False}),
+    Run("autoround", "AWQ, no clip", {"method": "awq"}),
+    Run("autoround:signround", "SignRound, 200 steps", {"method": "signround"}),
     Run("modelopt", "awq_lite, symmetric"),
 )
 OURS = tuple(run.name for run in RUNS if run.peer == "awq_core")

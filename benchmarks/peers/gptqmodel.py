@@ -20,7 +20,7 @@ def main() -> None:
         )
         backend = BACKEND.AWQ_TORCH
     else:
-        config = QuantizeConfig(bits=4, group_size=job.group_size, device="cpu")
+        config = QuantizeConfig(bits=4, group_size=job.group_size, sym=job.options["sym"], device="cpu")
         backend = BACKEND.TORCH
         extension.load("pack_block_cpu")  # compiled once a machine: no part of quantizing
     data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in windows]

@@ -11,6 +11,7 @@ weights are alike, and each has the size that a wide model's have: std(N) = std(
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from awq_core.calibration import read_samples, standard_library, text_batches
+from awq_core.calibration import CalibrationData, read_samples, standard_library, text_batches
 from awq_core.cli.demo_data import held_out_modules, held_out_texts
 from peers.layouts import read_tensors
 
@@ -59,7 +60,7 @@ def widen(weights: dict[str, torch.Tensor], config: dict[str, Any], width: int) 
 def write_model(source: Path, out: Path, *, width: int, layers: int | None) -> dict[str, Any]:
     """A copy of `source` in bf16, widened and cut to its first layers as asked, that old and new transformers can open.
 
-    Returns its numbers of layers and parameters.
+    Returns its numbers of layers and parameters, and a fingerprint of its weights.
     """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in read_tensors(source).items()}
@@ -75,6 +76,8 @@ def write_model(source: Path, out: Path, *, width: int, layers: int | None) -> d
     config["torch_dtype"] = config["dtype"] = "bfloat16"
     rope = config.get("rope_parameters", {})
     config |= {key: value for key, value in rope.items() if key == "rope_theta"}
+    # Of use in training alone, and not every toolkit expects what it adds to a block's output.
+    config |= {"output_router_logits": False} if "output_router_logits" in config else {}
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", "*.json.*"))
     (out / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     tokenizer = out / "tokenizer_config.json"
@@ -83,11 +86,20 @@ def write_model(source: Path, out: Path, *, width: int, layers: int | None) -> d
         if values.get("tokenizer_class") == "TokenizersBackend":
             tokenizer.write_text(json.dumps(values | {"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
     save_file(weights, out / "model.safetensors", {"format": "pt"})
-    return {"layers": config["num_hidden_layers"], "parameters": sum(tensor.numel() for tensor in weights.values())}
+    fingerprint = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()[:12]
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    return {"layers": config["num_hidden_layers"], "parameters": parameters, "weights": fingerprint}
 
 
-def token_windows(tokenizer: Any, wanted: dict[str, Any]) -> dict[str, list[list[int]]]:
-    """Windows for calibration and held-out ones, drawn as `awq_core.quantize` draws them."""
+def rows(data: CalibrationData) -> list[list[int]]:
+    return list(chain.from_iterable(batch["input_ids"].tolist() for batch in data.batches))
+
+
+def token_windows(tokenizer: Any, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Windows for "calibration", and to measure on for each of the "texts", drawn as `awq_core.quantize` draws them.
+
+    A text without a source is the modules that the example was not trained on.
+    """
     held_out = held_out_modules(EXAMPLE)
     length = wanted["seq_len"]
     text = read_samples(wanted["calib"]) if wanted["calib"] else standard_library(held_out)
@@ -95,16 +107,20 @@ def token_windows(tokenizer: Any, wanted: dict[str, Any]) -> dict[str, list[list
     if data.samples < wanted["samples"]:
         raise SystemExit(f"the calibration text holds {data.samples} windows of {length} tokens: give --samples less")
     characters = wanted["windows"] * length * CHARACTERS
-    unseen = read_samples(wanted["held_out"]) if wanted["held_out"] else held_out_texts(held_out, characters)
-    measured = text_batches(unseen, tokenizer, n_samples=wanted["windows"], seq_len=length)
-    return {
-        name: list(chain.from_iterable(batch["input_ids"].tolist() for batch in batches))
-        for name, batches in (("calibration", data.batches), ("held_out", measured.batches))
-    }
+    texts = {}
+    for name, source in wanted["texts"].items():
+        unseen = read_samples(source) if source else held_out_texts(held_out, characters)
+        measured = text_batches(unseen, tokenizer, n_samples=wanted["windows"], seq_len=length)
+        if measured.samples < wanted["windows"]:
+            raise SystemExit(
+                f"the text {name} holds {measured.samples} windows of {length} tokens: give --windows less"
+            )
+        texts[name] = rows(measured)
+    return {"calibration": rows(data), "texts": texts}
 
 
 def main() -> None:
-    """Reads what `benchmarks/quantize.py` asks for from a JSON file; prints what there is now as JSON."""
+    """Reads what a command of `benchmarks` asks for from a JSON file; prints what there is now as JSON."""
     from transformers import AutoTokenizer
 
     wanted = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))

@@ -48,6 +48,15 @@ def test_shards(tmp_path: Path) -> None:
             reader.tensor("z")
 
 
+def test_rows(tmp_path: Path) -> None:
+    with CheckpointReader(sharded(tmp_path)) as reader:
+        for name in ("a.weight", "b.weight"):
+            whole = reader.tensor(name)
+            for first, end in ((0, 1), (1, 3), (2, 3), (1, 99), (2, 2)):
+                part = reader.tensor(name, rows=(first, end), dtype=torch.float64)
+                assert part.dtype is torch.float64 and torch.equal(part, whole[first:end].double())
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model-fp16.safetensors"])
 def test_one_file_of_any_name(tmp_path: Path, name: str) -> None:
     save_file(FIRST, tmp_path / name)

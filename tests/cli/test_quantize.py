@@ -54,6 +54,18 @@ def test_keep(awq, llama_source, tmp_path):
     assert plan.errors[-1].endswith("--keep layers.0.mlp --keep q_porj --out DIR")
 
 
+def test_the_head_on_request(awq, llama_source, tmp_path):
+    options = ["--group-size", 32, "--no-scale", "--lm-head", "--lm-head-chunks", 3, "--layers-per-batch", 2]
+    result = awq("quantize", llama_source, "--out", tmp_path / "q", *options)
+    assert any("the output head lm_head is 4-bit too" in line for line in result.errors)
+    assert sum("--layers-per-batch is not needed" in line for line in result.errors) == 1
+    settings = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    assert settings["lm_head"] is True and settings["modules_to_not_convert"] == []
+    config = make_config(**DEFAULTS, lm_head=True, lm_head_chunks=3)
+    assert config.lm_head and config.lm_head_chunks == 3
+    assert (make_config(**DEFAULTS).lm_head, make_config(**DEFAULTS).lm_head_chunks) == (False, 0)
+
+
 def test_round_to_nearest_needs_no_calibration(awq, llama_source, tmp_path):
     options = ["--group-size", 32, "--rounding", "nearest", "--no-scale", "--json"]
     lines = [
@@ -169,3 +181,26 @@ def test_other_arguments_are_refused_until_told_to_restart(awq, interrupted, tmp
     assert "config.clip" in refused and "--restart" in refused
     assert "resuming" not in awq(*interrupted, "--no-clip", "--restart").stderr
     assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_tokens_of_experts(tmp_path, capsys):
+    """By expert in JSON; for the eye only where some were sent fewer than they have input channels."""
+    from types import SimpleNamespace
+
+    from awq_core.cli.quantize import routed_tokens, tell
+    from awq_core.quantization.block import LinearReport
+
+    def report(name, routed):
+        return LinearReport(name, 900, 0.5, "duo", 2.0, 1.0, 0.0, routed=routed)
+
+    sent = {"mlp.experts.0": 95, "mlp.experts.1": 63, "mlp.experts.2": 500}
+    reports = [report("attn.q", None), *(report(f"{e}.{name}", n) for e, n in sent.items() for name in ("up", "down"))]
+    widths = [SimpleNamespace(name=r.name, in_features=96 if r.name.endswith("down") else 64) for r in reports]
+    plan = SimpleNamespace(bytes_before=2000, linears=widths)
+    result = SimpleNamespace(out=tmp_path, plan=plan, reports=reports, seconds=1.0)
+    assert routed_tokens(result) == sent
+    tell(result)
+    assert "2 of 3 experts were sent fewer tokens than they have input channels" in capsys.readouterr().out
+    result.reports = [reports[0], *reports[-2:]]
+    tell(result)
+    assert "were sent" not in capsys.readouterr().out

@@ -17,7 +17,7 @@ from awq_core.cli.quantize import quantize
 from awq_core.cli.recipe import keys_of
 
 # What is no part of the recipe beside the weights: where it was written to, how it was told, and what others imply.
-NOT_SAVED = {"out", "json", "restart", "no_clip", "offload"}
+NOT_SAVED = {"out", "json", "restart", "no_clip", "offload", "layers_per_batch", "target_bits", "target_size"}
 CONSENT = {"trust_remote_code"}
 
 
@@ -273,8 +273,12 @@ def test_a_recipe_is_a_whole_run_and_the_saved_one_repeats_it(awq, desk, recipe)
         "rounding": "nearest",
         "max_flip_percent": 0.01,
         "knee_tolerance": 0.0,
+        "correct_inputs": 0.0,
+        "correct_bias": False,
         "component": {"language": "4bit"},
         "keep": ["layers.1.mlp.gate"],
+        "lm_head": False,
+        "lm_head_chunks": 0,
         "plugin": "tiny",
         "device": "cpu",
         "dtype": "bfloat16",

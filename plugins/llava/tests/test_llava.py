@@ -131,6 +131,18 @@ def test_calibration_with_images_and_generation_from_one(source, pictures, tmp_p
     assert made.shape[1] > batch["input_ids"].shape[1]
 
 
+def test_mixed_precision_chooses_among_the_language_blocks(source, pictures, tmp_path):
+    config = QuantConfig(group_size=32, components={"projector": "4bit"})
+    options = {"config": config, "calibration": str(pictures), "samples": 4, "target_bits": 14}
+    result = api.quantize(source, tmp_path / "out", **options)
+    assert 0 < result.allocation.kept < len(result.allocation.choices) == 8
+    assert all("language_model" in choice.unit.block and choice.cost > 0 for choice in result.allocation.choices)
+    kept = {one.name for choice in result.allocation.choices if choice.kept for one in choice.unit.linears}
+    language = [one for one in result.plan.linears if "language_model" in one.name]
+    assert {one.name for one in language if not one.quantize} == kept
+    assert any("multi_modal_projector" in report.name for report in result.reports)
+
+
 def test_vision_and_projector_are_quantized_on_request(source, pictures, tmp_path):
     config = QuantConfig(group_size=32, components={"vision": "4bit", "projector": "4bit"})
     result = api.quantize(source, tmp_path / "out", config=config, calibration=str(pictures), samples=4)
