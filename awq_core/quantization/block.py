@@ -201,7 +201,8 @@ def quantize_block(
             if first not in seen:
                 continue
             readers = partial(map, weights.effective, group.layers)
-            result = scales.search(readers, seen[first], linears[first].group_size, step_dtype, group.shared)
+            size, salience = linears[first].group_size, config.rounding == "heuristic"
+            result = scales.search(readers, seen[first], size, step_dtype, group.shared, salience=salience)
             for name, loss in zip(group.layers, result.losses_rtn, strict=True):
                 loss_rtn[name] = rtn_loss(name, seen[first]) if name in weights.rows else loss
             seen[first].rescale_(fold(group, result))

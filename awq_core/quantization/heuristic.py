@@ -16,13 +16,12 @@ and the knee is where the curve is farthest from the chord between its ends (Kne
 The procedure is that of the repository anhnda/FPRAG (2025-12, research code; there is no paper), with three
 differences: fp32 throughout, where it sums in bf16; the best prefix is chosen within the cap, where it cuts the best
 prefix off at the cap; and weights come scaled by one s a scale *group*, where it has one a linear, so that s folds into
-the operation before and the result is an AWQ checkpoint. Its salience is E[x²], which is the diagonal of the Gram
-matrix: `salience_scales` are its candidates for the scales, which the scale search does not try.
+the operation before and the result is an AWQ checkpoint. Its scales are powers of the salience E[x²], the diagonal of
+the Gram matrix: with this rounding the scale search tries these too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +32,6 @@ from awq_core.quantization.rounding import LEVELS, Grid, decode, grouped, neares
 
 MAX_FLIP_PERCENT = 0.01
 KNEE_TOLERANCE = 0.0
-SALIENCE_GRID = 20
-SMALLEST_SALIENCE = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +100,3 @@ def round_rows(weight: torch.Tensor, grid: Grid, step_dtype: torch.dtype, prepar
     moves = direction.flatten(-2).gather(1, order.indices) * taken
     codes.flatten(-2).scatter_add_(1, order.indices, moves)
     return Rounded(codes, grid, int(taken.sum()), masked, "heuristic")
-
-
-def salience_scales(statistics: Statistics) -> Iterator[tuple[float, torch.Tensor]]:
-    """(α, s = E[x²]^α), s `[in]` with √(max s · min s) = 1, α = 0, 0.05, ... 1: exponents 0 to 2 of the rms."""
-    second_moment = statistics.gram.diagonal()
-    alive = second_moment > 0
-    for step in range(SALIENCE_GRID + 1):
-        scale = second_moment.clamp(min=SMALLEST_SALIENCE) ** (step / SALIENCE_GRID)
-        live = scale[alive] if alive.any() else scale
-        yield step / SALIENCE_GRID, torch.where(alive, scale / (live.max() * live.min()).sqrt(), 1.0)

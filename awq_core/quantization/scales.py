@@ -5,11 +5,12 @@ before rounding (and the activations by 1/s, folded into the operation before) g
 
     loss(s) = tr(D H Dᵀ) / out,        D = Q(W·diag(s))·diag(1/s) − W            (AWQ, arXiv 2306.00978, eq. 4)
 
-Candidates follow AWQ and its duo-scaling variant on a grid of α, normalised so that √(max s · min s) = 1:
+Candidates are normalised so that √(max s · min s) = 1 and made of activations and weights,
 
-    s = E|x|^α        and        s = E|x|^α / w̄^(1−α),     w̄_j = mean over rows of |w_j| / max|w| in its group
+    s = E|x|^α / w̄^β,        w̄_j = mean over rows of |w_j| / max|w| in its group
 
-and the identity is always one, so a group never ends worse than round-to-nearest on this loss. The losses of a
+on AWQ's line β = 0 and the line β = 1 − α of its duo-scaling variant, finely, and off these lines coarsely. The
+identity is always one, so a group never ends worse than round-to-nearest on this loss. The losses of a
 group's linears are divided by their output energy tr(W H Wᵀ) before they are added: without that, the linear with
 the largest outputs decides for all. Candidates are screened on a sample of the rows and the best rescored on all.
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -31,6 +33,7 @@ from awq_core.quantization.rounding import grouped, round_trip
 from awq_core.shared_heads import SharedHeads
 
 GRID = 20
+COARSE = 4
 RESCORED = 2
 SCREEN_EVERY = 16
 SCREEN_MIN_ROWS = 256
@@ -45,7 +48,8 @@ class ScaleResult:
     Attributes:
         scale: s, `[in]` fp32; ones where nothing beat the identity.
         alpha: exponent of the winner; 0.0 for the identity.
-        family: "identity", "activation", "duo", or "reused" where an earlier run found it.
+        family: "identity", "activation" (β = 0), "duo" (β = 1 − α), "grid" (neither), "salience" (E[x²]^α),
+            or "reused" where an earlier run found it.
         loss: loss of the winner as a share of the output energy, summed over the linears.
         loss_identity: the same for s = 1, that is, round-to-nearest.
         losses_rtn: round-to-nearest's tr(D H Dᵀ) / out of each linear, in the order they were given.
@@ -68,6 +72,8 @@ def search(
     group_size: int,
     step_dtype: torch.dtype,
     shared: SharedHeads | None = None,
+    *,
+    salience: bool = False,
 ) -> ScaleResult:
     """Best scales for linears that read one tensor.
 
@@ -78,6 +84,7 @@ def search(
         group_size: of the quantizer.
         step_dtype: dtype scales are stored in.
         shared: which input channels have one scale; None: each has its own.
+        salience: try the powers of E[x²] too, the scales of Dynamic Heuristic AWQ.
     """
     gram = statistics.gram
     rows, magnitude, mean_abs = 0, torch.zeros_like(statistics.mean_abs), statistics.mean_abs
@@ -85,11 +92,12 @@ def search(
         rows += len(weight)
         magnitude += _magnitude(weight, group_size).sum(0)
     magnitude /= rows
+    square = gram.diagonal() if salience else None
     if shared is None:
-        candidates = list(_candidates(magnitude, mean_abs))
+        candidates = list(_candidates(magnitude, mean_abs, square))
     else:
-        narrow = _candidates(shared.pool(magnitude), shared.pool(mean_abs))
-        candidates = [(family, alpha, shared.spread(scale)) for family, alpha, scale in narrow]
+        pooled = (shared.pool(magnitude), shared.pool(mean_abs), None if square is None else shared.pool(square))
+        candidates = [(family, alpha, shared.spread(scale)) for family, alpha, scale in _candidates(*pooled)]
 
     def score(weight: torch.Tensor, index: int, gram: torch.Tensor) -> float:
         return round_trip_loss(weight, candidates[index][2], gram, group_size, step_dtype)
@@ -133,8 +141,10 @@ def _magnitude(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     return (groups / groups.amax(-1, keepdim=True).clamp(min=1e-6)).flatten(-2)
 
 
-def _candidates(magnitude: torch.Tensor, mean_abs: torch.Tensor) -> Iterator[tuple[str, float, torch.Tensor]]:
-    """(family, alpha, s): the identity first, then both families over the grid; all `[in]`."""
+def _candidates(
+    magnitude: torch.Tensor, mean_abs: torch.Tensor, square: torch.Tensor | None = None
+) -> Iterator[tuple[str, float, torch.Tensor]]:
+    """(family, alpha, s): the identity first, both lines, the grid off them, powers of E[x²] if given; s is `[in]`."""
     yield "identity", 0.0, torch.ones_like(mean_abs)
     x = mean_abs.clamp(min=1e-5)
     w = magnitude.clamp(min=1e-4)
@@ -144,6 +154,14 @@ def _candidates(magnitude: torch.Tensor, mean_abs: torch.Tensor) -> Iterator[tup
     for step in range(GRID):
         alpha = step / GRID
         yield "duo", alpha, _normalised(x**alpha / w ** (1 - alpha), mean_abs)
+    for i, j in product(range(1, COARSE + 1), repeat=2):
+        if i + j != COARSE:
+            alpha, beta = i / COARSE, j / COARSE
+            yield "grid", alpha, _normalised(x**alpha / w**beta, mean_abs)
+    if square is not None:
+        for step in range(1, GRID + 1):
+            alpha = step / GRID
+            yield "salience", alpha, _normalised(square.clamp(min=1e-5) ** alpha, mean_abs)
 
 
 def _normalised(scale: torch.Tensor, mean_abs: torch.Tensor) -> torch.Tensor:

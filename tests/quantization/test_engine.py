@@ -65,8 +65,8 @@ def found_scales(monkeypatch):
     found = []
     search = scales.search
 
-    def spy(*args):
-        found.append(search(*args))
+    def spy(*args, **options):
+        found.append(search(*args, **options))
         return found[-1]
 
     monkeypatch.setattr(scales, "search", spy)

@@ -169,15 +169,3 @@ def test_a_row_shorter_than_one_flip_stays_nearest(generator):
     x, weight = correlated_layer(generator)
     found = heuristic.round_rows(weight, grid_of(weight, 32), DTYPE, heuristic.prepare(statistics_of(x)))
     assert found.flips == 0 and found.method == "heuristic"
-
-
-def test_salience_scales_are_powers_of_the_second_moment(generator):
-    x = torch.randn(200, 16, generator=generator) * torch.exp(torch.randn(16, generator=generator))
-    x[:, 5] = 0
-    found = dict(heuristic.salience_scales(statistics_of(x)))
-    assert sorted(found) == pytest.approx([step / 20 for step in range(21)])
-    alive = torch.arange(16) != 5
-    for alpha, scale in found.items():
-        expected = x.square().mean(0)[alive] ** alpha
-        torch.testing.assert_close(scale[alive] / scale[0], expected / expected[0], rtol=1e-4, atol=0)
-        assert scale[5] == 1 and float(scale[alive].max() * scale[alive].min()) == pytest.approx(1, rel=1e-4)

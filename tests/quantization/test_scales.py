@@ -45,6 +45,46 @@ def test_search_agrees_with_the_token_oracle(generator, group_size):
     assert found.losses_rtn == pytest.approx([token_rtn(x, weight, group_size) for weight in weights], rel=1e-3)
 
 
+def test_the_grid_is_searched_between_the_lines(generator):
+    """Both lines, and every (α, β) of a coarse grid that lies on neither; identity first."""
+    x, weight = outlier_layer(generator)
+    statistics = statistics_of(x)
+    magnitude = scales._magnitude(weight, 32).mean(0)
+    tried = list(scales._candidates(magnitude, statistics.mean_abs))
+    assert torch.equal(tried[0][2], torch.ones(128))
+    quarters = (0.25, 0.5, 0.75, 1.0)
+    pairs = [(a, 0.0) for a in quarters] + [(a, b) for a in quarters for b in quarters]
+    for alpha, beta in pairs:
+        wanted = statistics.mean_abs**alpha / magnitude**beta
+        wanted = wanted / (wanted.max() * wanted.min()).sqrt()
+        assert any(torch.allclose(scale, wanted, rtol=1e-4) for _, _, scale in tried), (alpha, beta)
+
+
+def test_salience_scales_are_powers_of_the_second_moment(generator):
+    x = torch.randn(200, 16, generator=generator) * torch.exp(torch.randn(16, generator=generator))
+    x[:, 5] = 0
+    statistics = statistics_of(x)
+    without = list(scales._candidates(torch.ones(16), statistics.mean_abs))
+    found = list(scales._candidates(torch.ones(16), statistics.mean_abs, statistics.gram.diagonal()))[len(without) :]
+    assert [alpha for _, alpha, _ in found] == pytest.approx([step / 20 for step in range(1, 21)])
+    alive = torch.arange(16) != 5
+    for family, alpha, scale in found:
+        expected = x.square().mean(0)[alive] ** alpha
+        torch.testing.assert_close(scale[alive] / scale[0], expected / expected[0], rtol=1e-4, atol=0)
+        assert scale[5] == 1 and float(scale[alive].max() * scale[alive].min()) == pytest.approx(1, rel=1e-4)
+        assert family == "salience"
+
+
+def test_salience_is_tried_when_asked_for(generator):
+    """Columns of equal E|x| and unequal E[x²]: the rarer a column's values, the larger they are."""
+    share = torch.logspace(-2, 0, 64)
+    x = (torch.rand(4000, 64, generator=generator) < share) * torch.randn(4000, 64, generator=generator).sign() / share
+    weight = torch.randn(32, 64, generator=generator)
+    plain = scales.search(lambda: [weight], statistics_of(x), 32, DTYPE)
+    salient = scales.search(lambda: [weight], statistics_of(x), 32, DTYPE, salience=True)
+    assert salient.loss < plain.loss and salient.family == "salience"
+
+
 def test_outliers_gain_much_and_identity_is_the_worst_case(generator):
     x, weight = outlier_layer(generator)
     found = scales.search(lambda: [weight], statistics_of(x), 128, DTYPE)
