@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -19,17 +18,18 @@ import torch
 from awq_core.calibration.batches import CalibrationData
 from awq_core.calibration.offload import offloading
 from awq_core.calibration.prepare import Preprocessors, prepare
+from awq_core.checkpoint.config_json import config_json
 from awq_core.checkpoint.files import side_files
-from awq_core.checkpoint.format import already_quantized, quantization_config
+from awq_core.checkpoint.format import already_quantized
 from awq_core.checkpoint.reader import CheckpointReader, fingerprint
 from awq_core.checkpoint.writer import CheckpointWriter
 from awq_core.config import QuantConfig
 from awq_core.devices import compute_dtype, pick_device
 from awq_core.errors import CheckpointError, ConfigError
 from awq_core.hooks.manager import PluginManager, default_manager
+from awq_core.identity import digest, identity
 from awq_core.mixed import Allocation, Target, keeping, room, verify
 from awq_core.model_card import head_note, model_card
-from awq_core.output_head import untied
 from awq_core.plan_types import Plan
 from awq_core.planning import make_plan
 from awq_core.quantization.block import LinearReport
@@ -40,7 +40,6 @@ from awq_core.quantization.sensitivity import Sensing, allocation_for
 from awq_core.recipe import RECIPE, recipe_text
 from awq_core.runtime.load import load
 from awq_core.skeleton import build_skeleton, checkpoint_names, open_config, raw_config, resolve
-from awq_core.version import __version__
 
 __all__ = ["Phase", "QuantizeResult", "load", "plan", "quantize"]
 
@@ -200,28 +199,23 @@ def quantize(
         data = None
         searching = config.needs_calibration and (found is None or not found.suffices(config, head))
         if searching or goal is not None:
-            vocabulary = getattr(typed.get_text_config(), "vocab_size", None)
-            limit = getattr(typed.get_text_config(), "max_position_embeddings", None)
-            if isinstance(limit, int) and 0 < limit < seq_len:
-                say(Phase(f"calibration windows of {limit} tokens, the model's context, not {seq_len}"))
-                seq_len = limit
-            data = prepare(
+            preprocessors = Preprocessors(folder, tokenizer, trust_remote_code)
+            make_batch = partial(manager.calibration_batch, owner)
+            data, seq_len = _calibration(
                 calibration,
-                Preprocessors(folder, tokenizer, trust_remote_code),
-                partial(manager.calibration_batch, owner),
+                typed,
+                preprocessors,
+                make_batch,
                 samples=samples,
                 seq_len=seq_len,
                 seed=config.seed,
-                vocab_size=vocabulary,
+                say=say,
             )
-            say(Phase(f"calibration: {data.samples} samples, {data.tokens} tokens from {data.source}"))
-            for note in data.notes:
-                say(Phase(f"calibration: {note}"))
         asked: dict[str, Any] | None = None
         allocation = None
         if goal is not None and data is not None:
-            before = _identity(source, decided, data, compute, target, reuse)
-            asked = {"bits": goal.bits, "size": goal.size, "of": _digest(before)}
+            before = identity(source, decided, data, compute, target, reuse)
+            asked = {"bits": goal.bits, "size": goal.size, "of": digest(before)}
             unfinished = writer.unfinished or {}
             if unfinished.get("target") == asked:
                 config = replace(config, modules_to_not_convert=tuple(unfinished["config"]["modules_to_not_convert"]))
@@ -234,7 +228,7 @@ def quantize(
                 decided = mixed
             engine.plan = decided
         seen = data if searching else None
-        if writer.begin({**_identity(source, decided, data, compute, target, reuse), "target": asked}):
+        if writer.begin({**identity(source, decided, data, compute, target, reuse), "target": asked}):
             say(Phase(f"resuming: {len(writer.finished)} finished steps found in {out}"))
         if writer.complete:
             reports = tuple(LinearReport(**r) for done in writer.finished.values() for r in done.get("reports", ()))
@@ -245,11 +239,7 @@ def quantize(
             say(Phase(f"{count} linears rounded by greedy flips: {note}"))
         seconds = time.perf_counter() - started
         files: dict[str, bytes | str | Path] = {**side_files(folder, include_code=trust_remote_code)}
-        group_size = config.group_size
-        kept = _kept_prefixes(decided, names)
-        settings = quantization_config(group_size=group_size, modules_to_not_convert=kept, lm_head=bool(head))
-        untied_raw = untied(raw, typed) if decided.head and decided.head.tied else raw
-        files["config.json"] = _json({**untied_raw, "quantization_config": settings})
+        files["config.json"] = _json(config_json(raw, typed, decided, names))
         files["README.md"] = model_card(str(model), decided, proof, reports, seen, reused=found is not None)
         used = {"samples": samples, "seq_len": seq_len}
         files[RECIPE] = recipe_text(
@@ -270,36 +260,31 @@ def quantize(
     return QuantizeResult(Path(out), decided, proof, reports, data, seconds, allocation)
 
 
-def _identity(
-    source: str,
-    plan_: Plan,
-    data: CalibrationData | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    reuse: PathLike | None,
-) -> dict[str, Any]:
-    """Everything the bytes of the result depend on; a run is resumed only by one with the same."""
-    tokens = hashlib.sha256()
-    for batch in data.batches if data else ():
-        for key in sorted(batch):
-            tokens.update(key.encode() + str(batch[key].dtype).encode() + str(tuple(batch[key].shape)).encode())
-            tokens.update(batch[key].contiguous().view(torch.uint8).numpy().tobytes())
-    decided = plan_.to_dict()
-    settings = {key: decided.pop(key) for key in ("config", "plugin", "dist", "version")}
-    return {
-        **settings,
-        "source": source,
-        "reuse": "none" if reuse is None else fingerprint(reuse),
-        "calibration": tokens.hexdigest() if data else "none",
-        "plan": _digest(decided),
-        "dtype": str(dtype),
-        "device": device.type,
-        "versions": {"awq_core": __version__, "torch": torch.__version__},
-    }
-
-
-def _digest(value: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def _calibration(
+    source: Any,
+    typed: Any,
+    preprocessors: Preprocessors,
+    make_batch: Callable[..., Any],
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    say: Callable[[Phase], None],
+) -> tuple[CalibrationData, int]:
+    """Calibration tokens, and the length of a window: `seq_len`, or the model's context where that is shorter."""
+    text = typed.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < seq_len:
+        say(Phase(f"calibration windows of {limit} tokens, the model's context, not {seq_len}"))
+        seq_len = limit
+    vocabulary = getattr(text, "vocab_size", None)
+    data = prepare(
+        source, preprocessors, make_batch, samples=samples, seq_len=seq_len, seed=seed, vocab_size=vocabulary
+    )
+    say(Phase(f"calibration: {data.samples} samples, {data.tokens} tokens from {data.source}"))
+    for note in data.notes:
+        say(Phase(f"calibration: {note}"))
+    return data, seq_len
 
 
 def _refuse_quantized(folder: Path, raw: dict[str, Any]) -> None:
@@ -317,20 +302,6 @@ def _refuse_empty(plan_: Plan) -> None:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _kept_prefixes(plan_: Plan, names: dict[str, str]) -> list[str]:
-    """Prefixes as on disk (vLLM matches those) and, where transformers renames them, as in memory too."""
-    prefixes: dict[str, None] = {}
-    for prefix in plan_.kept_prefixes():
-        for name, on_disk in names.items():
-            if name.startswith(prefix + "."):
-                tail = name[len(prefix) :]
-                if on_disk.endswith(tail):
-                    prefixes[on_disk.removesuffix(tail)] = None
-                break
-        prefixes[prefix] = None
-    return list(prefixes)
 
 
 def _declared_dtype(config: Any) -> torch.dtype:

@@ -41,14 +41,14 @@ class QuantConfig:
         lm_head_chunks: row chunks the head is worked in; 0 is as many as its size asks for. Changes no byte.
         seed: for sampling calibration windows.
 
-    With `scale=False, clip="none", rounding="nearest"` this is round-to-nearest and needs no calibration data.
+    With `scale=False, clip="none"` and no rounding named this is round-to-nearest and needs no calibration data.
     """
 
     bits: int = 4
     group_size: int = 128
     scale: bool = True
     clip: str = "asymmetric"
-    rounding: str = "nearest"
+    rounding: str = ""
     max_flip_percent: float = 0.01
     knee_tolerance: float = 0.0
     correct_inputs: float = 0.0
@@ -60,6 +60,8 @@ class QuantConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not self.rounding:
+            object.__setattr__(self, "rounding", "gptq" if self.scale or self.clip != "none" else "nearest")
         if self.bits != 4:
             raise ConfigError(f"bits={self.bits} is not possible", hint="an AWQ checkpoint holds 4-bit weights: bits=4")
         if self.group_size not in GROUP_SIZES:

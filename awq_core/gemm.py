@@ -1,7 +1,7 @@
-"""Two matrix products that quantization spends its time in, in full fp32, as fast as the machine has them.
+"""The matrix products that quantization spends its time in, in full fp32, as fast as the machine has them.
 
 On CPU torch sends fp32 products to MKL, which runs at a third of the speed of oneDNN on processors that are not
-Intel's; oneDNN is in the same build of torch and is asked for by name. Both accumulate in fp32, and neither rounds its
+Intel's; oneDNN is in the same build of torch and is asked for by name. All accumulate in fp32, and none rounds its
 inputs: TF32 is never used.
 """
 
@@ -21,7 +21,7 @@ def screening_dtype(device: torch.device) -> torch.dtype:
 
 def times_symmetric(x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """`x @ h` for x `[rows, in]` and a symmetric h `[in, in]` of the same dtype."""
-    return _times_transposed(x, h)
+    return times_transposed(x, h)
 
 
 def add_gram_(gram: torch.Tensor, columns: torch.Tensor) -> None:
@@ -35,7 +35,7 @@ def add_gram_(gram: torch.Tensor, columns: torch.Tensor) -> None:
         stop = start + _PANEL
         a, b = columns[start:stop], columns[:stop]
         if columns.dtype is torch.float32:
-            gram[start:stop, :stop] += _times_transposed(a, b)
+            gram[start:stop, :stop] += times_transposed(a, b)
         else:
             gram[start:stop, :stop] += torch.mm(a, b.T, out_dtype=torch.float32)
 
@@ -49,8 +49,8 @@ def mirror_(gram: torch.Tensor) -> None:
         gram[:start, start:stop] = gram[start:stop, :start].T
 
 
-def _times_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ bᵀ."""
+def times_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b.T` for contiguous a `[m, k]` and b `[n, k]` of one dtype: both are read along memory."""
     if a.numel() and a.dtype is torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available():
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
         return product

@@ -26,7 +26,7 @@ from awq_core.scale_groups import Skip
 from awq_core.testing import save_tiny
 from awq_core.units import titles, units_of
 
-SETTINGS = {"config": QuantConfig(group_size=32), "samples": 4, "seq_len": 32}
+SETTINGS = {"config": QuantConfig(group_size=32, rounding="nearest"), "samples": 4, "seq_len": 32}
 
 
 def planned(tmp_path, config, **settings):
@@ -198,7 +198,7 @@ def test_the_recipe_makes_the_same_without_measuring(whole, llama_source, corpus
     assert "target_bits" not in recipe and recipe["keep"]
     assert "# keep: chosen by sensitivity for a target of 12 bits" in (out / RECIPE).read_text()
     monkeypatch.setattr(sensitivity, "sensitivities", None)
-    config = QuantConfig(group_size=32, modules_to_not_convert=tuple(recipe["keep"]))
+    config = replace(SETTINGS["config"], modules_to_not_convert=tuple(recipe["keep"]))
     awq_core.quantize(llama_source, tmp_path / "again", calibration=corpus, **{**SETTINGS, "config": config})
     again = contents(tmp_path / "again")
     assert {name for name, data in contents(out).items() if again[name] != data} == {RECIPE}

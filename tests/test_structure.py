@@ -21,7 +21,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = (
     ("awq_core.testing",),  # the conformance kit uses everything
     ("awq_core.cli",),
-    ("awq_core.api", "awq_core.compat", "awq_core.model_card", "awq_core.recipe"),
+    ("awq_core.api", "awq_core.compat", "awq_core.identity", "awq_core.model_card", "awq_core.recipe"),
     ("awq_core.quantization", "awq_core.runtime", "awq_core.evaluation", "awq_core.exporters", "awq_core.integrations"),
     ("awq_core.calibration", "awq_core.checkpoint", "awq_core.kernels", "awq_core.modules"),
     (

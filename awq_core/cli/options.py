@@ -51,7 +51,7 @@ _WEIGHTS: tuple[Decorator, ...] = (
         help=f"Input channels that share a scale: {', '.join(map(str, GROUP_SIZES))}; -1 is a whole row.",
     ),
     click.option("--bits", type=int, default=4, help="Bits a weight; AWQ checkpoints hold 4."),
-    click.option("--rounding", type=click.Choice(ROUNDINGS), default="nearest", help="How codes are chosen."),
+    click.option("--rounding", type=click.Choice(ROUNDINGS), help="How codes are chosen.  [default: gptq]"),
     click.option(
         "--max-flip-percent",
         type=click.FloatRange(0, 1),
@@ -77,7 +77,9 @@ _WEIGHTS: tuple[Decorator, ...] = (
         "--correct-bias/--no-correct-bias", help="Let biases absorb the mean rounding error of their linears."
     ),
     click.option(
-        "--no-scale", is_flag=True, help="Do not search scales. Switches the clip off too, unless --clip is given."
+        "--no-scale",
+        is_flag=True,
+        help="Do not search scales. Switches clip and gptq off too, unless --clip or --rounding is given.",
     ),
     click.option(
         "--clip", type=click.Choice(CLIPS), help="How the range of a group is searched.  [default: asymmetric]"
@@ -139,7 +141,7 @@ def make_config(
     *,
     group_size: int,
     bits: int,
-    rounding: str,
+    rounding: str | None,
     max_flip_percent: float = 0.01,
     knee_tolerance: float = 0.0,
     correct_inputs: float = 0.0,
@@ -173,7 +175,7 @@ def make_config(
         group_size=group_size,
         scale=not no_scale,
         clip="none" if no_clip else clip or ("none" if no_scale else "asymmetric"),
-        rounding=rounding,
+        rounding=rounding or "",
         max_flip_percent=max_flip_percent,
         knee_tolerance=knee_tolerance,
         correct_inputs=correct_inputs,

@@ -25,6 +25,7 @@ from awq_core.calibration.statistics import Statistics, output_loss
 from awq_core.checkpoint.pack import PackedLinear, dequantize, pack_linear
 from awq_core.config import QuantConfig
 from awq_core.errors import NumericsError
+from awq_core.gemm import times_transposed
 from awq_core.plan_types import BlockPlan, LinearPlan
 from awq_core.quantization import codes, correction, scales
 from awq_core.quantization.fold import fold_norm, fold_rows, tied
@@ -83,7 +84,7 @@ class _Weights:
     def target(self, name: str) -> torch.Tensor:
         """The original weight, corrected for what has become of its input."""
         weight = self.block.get_parameter(f"{name}.weight").data.float()
-        return torch.addmm(weight, weight, self.steps[name]) if name in self.steps else weight
+        return weight + times_transposed(weight, self.steps[name]) if name in self.steps else weight
 
     def effective(self, name: str) -> torch.Tensor:
         weight = self.target(name)

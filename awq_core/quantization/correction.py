@@ -27,6 +27,7 @@ from torch import nn
 from awq_core.calibration.offload import load
 from awq_core.calibration.statistics import Statistics
 from awq_core.calibration.trace import StackInputs
+from awq_core.gemm import times_transposed
 from awq_core.passes import Site, passes
 from awq_core.plan_types import BlockPlan
 
@@ -57,7 +58,7 @@ def drift(
         original, rows = (y.reshape(-1, y.shape[-1]).float() for y in (seen[path].pop(0), x))
         if mask is not None and mask.numel() == len(rows):
             original, rows = original[mask.reshape(-1)], rows[mask.reshape(-1)]
-        total[path].addmm_((original - rows).T, rows)
+        total[path] += times_transposed((original - rows).T.contiguous(), rows.T.contiguous())
         tokens[path] += len(rows)
 
     with torch.no_grad():
@@ -94,7 +95,7 @@ def _watched(block: nn.Module, sites: Iterable[Site], tell: Callable[[str, torch
 def steps(
     drifted: Mapping[str, torch.Tensor], statistics: Mapping[str, Statistics], strength: float
 ) -> dict[str, torch.Tensor]:
-    """`strength` · D (Ĥ + λI)⁻¹ of each linear that has both, `[in, in]`: W times this is added to W.
+    """`strength` · (Ĥ + λI)⁻¹ Dᵀ of each linear that has both, `[in, in]`: W times its transpose is added to W.
 
     Readers of one input share it. None where there are no tokens, or the Gram matrix has no Cholesky factor.
     """
@@ -105,6 +106,6 @@ def steps(
             damped = gram.clone()
             damped.diagonal().add_(DAMPENING * gram.diagonal().mean())
             factor, failed = torch.linalg.cholesky_ex(damped)
-            made[id(matrix)] = None if failed else torch.cholesky_solve(matrix.T * strength, factor).T.contiguous()
+            made[id(matrix)] = None if failed else torch.cholesky_solve(matrix.T * strength, factor).contiguous()
     found = {name: made[id(drifted[name])] for name in statistics if name in drifted}
     return {name: step for name, step in found.items() if step is not None}

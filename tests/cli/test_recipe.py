@@ -270,7 +270,7 @@ def test_a_recipe_is_a_whole_run_and_the_saved_one_repeats_it(awq, desk, recipe)
         "group_size": 32,
         "no_scale": False,
         "clip": "asymmetric",
-        "rounding": "nearest",
+        "rounding": "gptq",
         "max_flip_percent": 0.01,
         "knee_tolerance": 0.0,
         "correct_inputs": 0.0,

@@ -71,7 +71,7 @@ def test_the_whole_step_is_least_squares(generator):
 
     (step,) = correction.steps({"a": drifted}, {"a": Seen, "b": Seen}, 1.0).values()
     expected = torch.linalg.lstsq(read.double(), (original @ weight.T).double()).solution.T
-    torch.testing.assert_close((weight + weight @ step).double(), expected, rtol=0, atol=0.05)
+    torch.testing.assert_close((weight + weight @ step.T).double(), expected, rtol=0, atol=0.05)
     assert (weight - expected).abs().max() > 0.5
 
 

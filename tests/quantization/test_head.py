@@ -30,7 +30,7 @@ from awq_core.testing import save_tiny
 
 GROUP = 32
 WINDOWS = torch.randint(8, 100, (4, 24), generator=torch.Generator().manual_seed(0))
-HEAD = QuantConfig(group_size=GROUP, lm_head=True)
+HEAD = QuantConfig(group_size=GROUP, rounding="nearest", lm_head=True)
 EMBEDDING = "model.embed_tokens.weight"
 
 

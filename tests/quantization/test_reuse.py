@@ -22,13 +22,13 @@ def source(tmp_path_factory, llama_config):
 @pytest.fixture(scope="module")
 def first(source):
     out = source.parent / "first"
-    config = awq_core.QuantConfig(group_size=32)
+    config = awq_core.QuantConfig(group_size=32, rounding="nearest")
     awq_core.quantize(source, out, config=config, calibration=SAMPLES, samples=3, seq_len=32)
     return out
 
 
 def reuse(source, first, out, **config):
-    return awq_core.quantize(source, out, config=awq_core.QuantConfig(**config), reuse=first)
+    return awq_core.quantize(source, out, config=awq_core.QuantConfig(**{"rounding": "nearest", **config}), reuse=first)
 
 
 def weights(folder):
@@ -47,7 +47,7 @@ def test_same_settings_give_the_same_bytes_without_calibration(source, first, tm
 
 
 def test_another_group_size_takes_the_scales_and_searches_the_ranges(source, first, tmp_path):
-    config = awq_core.QuantConfig(group_size=64)
+    config = awq_core.QuantConfig(group_size=64, rounding="nearest")
     with_scales = {"config": config, "calibration": SAMPLES, "samples": 3, "seq_len": 32}
     result = awq_core.quantize(source, tmp_path / "out", reuse=first, **with_scales)
     before, after = load_file(first / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
