@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format test-plugin test-isolated bench clean
+.PHONY: help install demo test lint format test-plugin test-isolated gpu-test bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -57,6 +57,9 @@ test-isolated:  ## one plugin's tests against built wheels in an empty environme
 	.cache/isolated/env/bin/python -m pip wheel -q --no-deps -w .cache/isolated/dist . $(addprefix ./,$(PLUGINS))
 	.cache/isolated/env/bin/python -m pip install -q -c constraints.txt --find-links .cache/isolated/dist "awq-plugin-$(P)[test]"
 	.cache/isolated/env/bin/python -m pytest -q plugins/$(P)
+
+gpu-test: $(STAMP)  ## the kernels on a real GPU
+	$(BIN)/python -m pytest -q -m gpu tests/kernels
 
 bench: $(STAMP)  ## benchmarks that fit a small machine
 	$(BIN)/python benchmarks/quantize.py

@@ -307,7 +307,8 @@ def test_a_private_architecture_from_plan_to_perplexity(source, tmp_path, corpus
     assert found["groups"] == [["norm", ["mix.qkv", "feed.wide"]], ["mix.qkv", ["mix.out"]]]
     assert found["same_plan"] and found["proof"] < 1e-4
     assert found["better"] < 0.7, "three channels stand out: scales must help"
-    assert (found["class"], found["kernels"]) == ("SequoiaForCausalLM", ["reference"])
+    assert found["class"] == "SequoiaForCausalLM"
+    assert found["kernels"] in (["cpu"], ["reference"]), "the second where nothing could be compiled"
 
     ids = torch.randint(7, 100, (2, 12), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(torch.tensor(found["logits"]).double(), answer(weights(), ids), rtol=1e-3, atol=1e-3)

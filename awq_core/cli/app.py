@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "demo": ("awq_core.cli.demo", "demo", "Quantize the example model and compare the results."),
     "eval": ("awq_core.cli.eval", "evaluate", "Perplexity of a model, and its distance from the original."),
     "generate": ("awq_core.cli.generate", "generate", "Continue a prompt with a model."),
+    "kernels": ("awq_core.cli.kernels", "kernels", "List the int4 kernels and which run here."),
     "plan": ("awq_core.cli.plan", "plan", "Say what quantization would do to every weight."),
     "plugins": ("awq_core.cli.plugins", "plugins", "List, show and check the installed architecture plugins."),
     "quantize": ("awq_core.cli.quantize", "quantize", "Quantize a model folder to 4 bits."),

@@ -31,6 +31,21 @@ KERNEL_BACKENDS = (
         factory="awq_core.kernels.cpu.int4pack:Int4PackKernel",
         priority=50,
     ),
+    KernelBackend(
+        name="cpu",
+        formats=("gemm",),
+        devices=("cpu",),
+        factory="awq_core.kernels.cpu.w4a16:W4A16Kernel",
+        priority=60,
+    ),
+    KernelBackend(
+        name="triton",
+        formats=("gemm",),
+        devices=("cuda",),
+        min_capability=80,
+        factory="awq_core.kernels.triton.backend:TritonKernel",
+        priority=-1,  # has never run on a GPU: AWQ_KERNEL=triton alone chooses it
+    ),
 )
 
 

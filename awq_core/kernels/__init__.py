@@ -5,7 +5,9 @@ A backend repacks a checkpoint's linear once, at load, into the tensors it wants
     state = kernel.prepare(packed, dtype)      y = kernel.linear(x, state)      x [tokens, in] -> y [tokens, out]
 
 Backends are declared as `KernelBackend` values, the core's own as well as plugins'. The highest priority that
-supports device, dtype and shape wins; `AWQ_KERNEL=name` forces one.
+supports device, dtype and shape wins; `AWQ_KERNEL=name` forces one. A backend may hold several ways to multiply and
+pick one at each call, by the number of tokens. `operator.py` makes the product one operator of torch; `survey.py` says
+which backends run here, and why the others do not.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -27,7 +29,11 @@ FORMAT = "gemm"
 
 
 class Kernel(Protocol):
-    """What a backend's factory returns."""
+    """What a backend's factory returns.
+
+    Two methods more are used where a kernel has them: `dequantize(state, dtype)`, the weight `[out, in]`, which makes
+    gradients cheaper; and `detail()`, a line for `awq kernels`.
+    """
 
     def unsupported(self, packed: PackedLinear, dtype: torch.dtype) -> str:
         """Why this linear cannot run here in `dtype`, or an empty string."""
@@ -39,14 +45,22 @@ class Kernel(Protocol):
         """x `[tokens, in]` times the weight transposed: `[tokens, out]`, in the dtype of x."""
 
 
+class Choice(NamedTuple):
+    """A backend that runs a linear: its name, its kernel, and the factory that made it."""
+
+    name: str
+    kernel: Kernel
+    factory: str
+
+
 def choose(
     packed: PackedLinear,
     dtype: torch.dtype,
     *,
     device: str = "cpu",
     backends: Sequence[KernelBackend] = KERNEL_BACKENDS,
-) -> tuple[str, Kernel]:
-    """The best of `backends` for one linear: (name, kernel).
+) -> Choice:
+    """The best of `backends` for one linear.
 
     Raises:
         ConfigError: `AWQ_KERNEL` names a backend that does not exist or cannot run this linear.
@@ -60,17 +74,35 @@ def choose(
             raise ConfigError(f"AWQ_KERNEL={forced}: no such backend", hint=f"one of: {names}")
     reasons = []
     for backend in candidates:
-        why = _unfit(backend, device)
-        made = None if why else _make(backend)
-        if isinstance(made, str):
-            why = made
-        elif made is not None:
-            why = made.unsupported(packed, dtype)
-            if not why:
-                return backend.name, made
-        reasons.append(f"{backend.name}: {why}")
+        made = usable(backend, packed, dtype, device)
+        if not isinstance(made, str):
+            return Choice(backend.name, made, backend.factory)
+        reasons.append(f"{backend.name}: {made}")
     hint = "unset AWQ_KERNEL" if forced else "a backend that runs it must be among kernel_backends()"
     raise ConfigError(f"no int4 kernel runs this linear: {'; '.join(reasons)}", hint=hint)
+
+
+def usable(backend: KernelBackend, packed: PackedLinear, dtype: torch.dtype, device: str) -> Kernel | str:
+    """The backend's kernel if it runs this linear, else why it does not."""
+    why = _unfit(backend, device)
+    if why:
+        return why
+    made = _make(backend)
+    return made if isinstance(made, str) else made.unsupported(packed, dtype) or made
+
+
+def instance(factory: str) -> Kernel:
+    """The kernel of a factory, made where this process has not made it yet (a program exported by another one).
+
+    Raises:
+        ConfigError: the factory failed.
+    """
+    made = _MADE.get(factory)
+    if made is None:
+        made = _make(KernelBackend(name=factory, formats=(), devices=(), factory=factory))
+    if isinstance(made, str):
+        raise ConfigError(made, hint="awq kernels lists what runs here")
+    return made
 
 
 def _unfit(backend: KernelBackend, device: str) -> str:

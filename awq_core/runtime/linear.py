@@ -11,10 +11,11 @@ from awq_core import kernels
 from awq_core.checkpoint.pack import PackedLinear, dequantize
 from awq_core.hooks.defaults import KERNEL_BACKENDS
 from awq_core.hooks.types import KernelBackend
+from awq_core.kernels import operator
 
 
 class QuantLinear(nn.Module):
-    """y = x · Wᵀ + bias with a 4-bit W.
+    """y = x · Wᵀ + bias with a 4-bit W. Differentiable in x; `torch.compile` and `torch.export` see one operator.
 
     Attributes:
         in_features, out_features, group_size: as in the checkpoint.
@@ -36,20 +37,19 @@ class QuantLinear(nn.Module):
         self.group_size = packed.group_size
         self.weight_dtype = dtype
         device = packed.qweight.device.type
-        self.backend, self._kernel = kernels.choose(packed, dtype, device=device, backends=backends)
-        self._state_names: tuple[str, ...] = ()
-        state = self._kernel.prepare(packed, dtype)
+        self.backend, kernel, self._factory = kernels.choose(packed, dtype, device=device, backends=backends)
+        state = kernel.prepare(packed, dtype)
         for name, tensor in state.items():
             self.register_buffer(name, tensor, persistent=False)
-        self._state_names = tuple(state)
+        self._state_names = list(state)
         self.bias: torch.Tensor | None
         self.register_buffer("bias", None if bias is None else bias.to(dtype), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x `[..., in]` -> `[..., out]`, in the dtype of x."""
         rows = x.reshape(-1, self.in_features).to(self.weight_dtype)
-        state = {name: self._buffers[name] for name in self._state_names}
-        out = self._kernel.linear(rows, state)  # type: ignore[arg-type]
+        state = [getattr(self, name) for name in self._state_names]
+        out = operator.linear(rows, state, self._state_names, self._factory, self.out_features)
         if self.bias is not None:
             out = out + self.bias
         return out.to(x.dtype).reshape(*x.shape[:-1], self.out_features)

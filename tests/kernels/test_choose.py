@@ -10,7 +10,9 @@ from awq_core import kernels
 from awq_core.errors import ConfigError
 from awq_core.hooks import Architecture, KernelBackend, LayerStack, hookimpl
 from awq_core.hooks.manager import PluginManager
+from awq_core.kernels.cpu import build
 from awq_core.kernels.cpu.int4pack import Int4PackKernel
+from awq_core.kernels.cpu.w4a16 import W4A16Kernel
 from awq_core.kernels.reference import ReferenceKernel
 from awq_core.runtime.linear import QuantLinear
 from awq_core.runtime.load import load
@@ -35,6 +37,18 @@ class Picky(ReferenceKernel):
 
 def explode():
     raise ImportError("no compiler\nhere")
+
+
+@pytest.fixture(autouse=True)
+def no_library(monkeypatch):
+    """A machine without the C++ kernel, whatever this one has."""
+    monkeypatch.setattr(build, "library", lambda: "no C++ compiler: install g++")
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A machine with it, as far as choosing goes."""
+    monkeypatch.setattr(build, "library", lambda: build.Library(None, None, False, "g++"))
 
 
 @pytest.fixture(autouse=True)
@@ -69,9 +83,27 @@ def packed(make):
         (torch.float16, "reference", ReferenceKernel),
     ],
 )
-def test_the_core_brings_two(packed, dtype, name, kind):
-    found, kernel = choose(packed, dtype)
-    assert (found, type(kernel)) == (name, kind)
+def test_without_a_compiler_it_is_torchs_or_the_reference(packed, dtype, name, kind):
+    found = choose(packed, dtype)
+    assert (found.name, type(found.kernel)) == (name, kind)
+    assert kernels.instance(found.factory) is found.kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_compiled_one_comes_first(packed, library, dtype):
+    found = choose(packed, dtype)
+    assert (found.name, type(found.kernel)) == ("cpu", W4A16Kernel)
+
+
+def test_where_the_compiled_one_is_forced_and_missing_it_says_why(packed, monkeypatch, one_line):
+    monkeypatch.setenv("AWQ_KERNEL", "cpu")
+    with pytest.raises(ConfigError) as caught:
+        choose(packed, torch.bfloat16)
+    one_line(caught.value, "cpu: no C++ compiler: install g++")
+
+
+def test_a_dtype_no_fast_one_knows_goes_to_the_reference(packed, library):
+    assert choose(packed, torch.float64).name == "reference"
 
 
 def test_a_shape_the_fast_one_refuses_goes_to_the_reference(make):
@@ -156,7 +188,9 @@ def test_a_forced_one_that_breaks_is_an_error(packed, monkeypatch, one_line):
 def test_nothing_runs_on_an_unknown_device(packed, one_line):
     with pytest.raises(ConfigError) as caught:
         choose(packed, torch.float32, device="tpu")
-    assert "AWQ_KERNEL" not in one_line(caught.value, "reference: not on tpu", "int4pack: not on tpu")
+    assert "AWQ_KERNEL" not in one_line(
+        caught.value, "reference: not on tpu", "int4pack: not on tpu", "cpu: not on tpu"
+    )
 
 
 # -- a plugin's backend, from the hook to the answer ------------------------------------------------------------------
@@ -181,7 +215,7 @@ def manager():
 
 
 def test_a_plugins_backend_is_among_them(manager):
-    assert {one.name for one in manager.kernel_backends()} == {"reference", "int4pack", "fast"}
+    assert {one.name for one in manager.kernel_backends()} == {"reference", "int4pack", "cpu", "triton", "fast"}
 
 
 def test_a_plugins_backend_runs_a_linear(packed, manager):

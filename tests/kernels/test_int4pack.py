@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from awq_core.kernels.cpu import int4pack
 from awq_core.kernels.cpu.int4pack import Int4PackKernel
 from awq_core.kernels.reference import ReferenceKernel
 from awq_core.runtime.linear import QuantLinear
@@ -79,7 +80,29 @@ def test_a_strided_input_is_read_right(make):
     assert apart(got, x.double() @ case.weight.T) < TOLERANCE
 
 
-def test_a_bias_is_added(make):
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "group_size"),
+    [(64, 16, 32), (64, 48, 64), (96, 64, 32), (256, 80, 128), (512, 208, 256), (96, 1040, -1)],
+)
+def test_its_weight_is_read_back(make, inputs, outputs, group_size):
+    case, kernel = make(inputs, outputs, group_size), Int4PackKernel()
+    state = kernel.prepare(case.packed, torch.bfloat16)
+    weight = kernel.dequantize(state, torch.float32)
+    assert apart(weight, case.weight) < 5e-3
+    rows = kernel.linear(torch.eye(inputs, dtype=torch.bfloat16), state)
+    assert torch.equal(weight.to(torch.bfloat16), rows.T), "the very weight the product works with"
+
+
+def test_many_rows_go_the_other_way_and_agree(make, monkeypatch):
+    case, kernel = make(128, 80, 64), Int4PackKernel()
+    state, x = kernel.prepare(case.packed, torch.bfloat16), activations(int4pack.CROSSOVER, 128)
+    monkeypatch.setattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu", None)
+    got = kernel.linear(x, state)
+    assert got.dtype == torch.bfloat16 and apart(got, x.double() @ case.weight.T) < TOLERANCE
+
+
+def test_a_bias_is_added(make, monkeypatch):
+    monkeypatch.setenv("AWQ_KERNEL", "int4pack")
     case = make(64, 48, 32)
     bias = torch.linspace(-9, 9, 48)
     linear = QuantLinear(case.packed, bias, torch.bfloat16)

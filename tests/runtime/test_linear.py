@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from awq_core.checkpoint.pack import dequantize, pack_linear
+from awq_core.kernels.cpu import build
 from awq_core.runtime.linear import QuantLinear, fake_quantized
 
 
@@ -23,11 +24,21 @@ def near(got, want, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "backend", "tolerance"), [(torch.float32, "reference", 1e-5), (torch.bfloat16, "int4pack", 1e-2)]
+    ("dtype", "backend", "tolerance"),
+    [
+        (torch.float32, "reference", 1e-5),
+        (torch.bfloat16, "int4pack", 1e-2),
+        (torch.bfloat16, "cpu", 5e-3),
+        (torch.float16, "cpu", 1e-3),
+        (torch.float32, "cpu", 1e-5),
+    ],
 )
 @pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 5, 64), (2, 1, 3, 64), (0, 64), (2, 0, 64), (1, 1, 64)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_any_number_of_dimensions(dtype, backend, tolerance, shape, bias):
+def test_any_number_of_dimensions(dtype, backend, tolerance, shape, bias, monkeypatch):
+    if backend == "cpu" and isinstance(build.library(), str):
+        pytest.skip(f"no C++ kernel here: {build.library()}")
+    monkeypatch.setenv("AWQ_KERNEL", backend)
     values = torch.linspace(-2, 2, 32) if bias else None
     linear = QuantLinear(packed(), values, dtype)
     assert linear.backend == backend
@@ -64,14 +75,16 @@ def test_a_view_that_is_not_contiguous():
     near(linear(x), x.double() @ dequantize(packed(), torch.float64).T, 1e-5)
 
 
-def test_what_it_says_of_itself():
+def test_what_it_says_of_itself(monkeypatch):
+    monkeypatch.setenv("AWQ_KERNEL", "reference")
     linear = QuantLinear(packed(96, 16, groups=3), torch.zeros(16), torch.float32)
     assert (linear.in_features, linear.out_features, linear.group_size) == (96, 16, 32)
     for words in ("in_features=96", "out_features=16", "group_size=32", "bias=True", "kernel=reference"):
         assert words in repr(linear)
 
 
-def test_a_row_may_be_one_group():
+def test_a_row_may_be_one_group(monkeypatch):
+    monkeypatch.setenv("AWQ_KERNEL", "int4pack")
     linear = QuantLinear(packed(96, 16, groups=1), None, torch.bfloat16)
     assert (linear.group_size, linear.backend) == (96, "int4pack")
 

@@ -20,6 +20,7 @@ from awq_core.errors import (
 )
 from awq_core.hooks import Architecture, LayerStack, hookimpl
 from awq_core.hooks.manager import PluginManager
+from awq_core.kernels.cpu import build
 from awq_core.runtime.linear import QuantLinear
 from awq_core.runtime.load import load
 from awq_core.testing import save_tiny
@@ -64,11 +65,15 @@ def test_it_is_the_model_with_dequantized_weights(quantized_llama, monkeypatch):
     assert apart(logits(quantized), logits(expected)) < 1e-4
 
 
-def test_in_bf16_too(quantized_llama):
+@pytest.mark.parametrize("backend", ["int4pack", "cpu"])
+def test_in_bf16_too(quantized_llama, monkeypatch, backend):
     """bf16 moves the answer by a percent whatever multiplies; the int4 kernel must not add to that."""
+    if backend == "cpu" and isinstance(build.library(), str):
+        pytest.skip(f"no C++ kernel here: {build.library()}")
+    monkeypatch.setenv("AWQ_KERNEL", backend)
     quantized = load(quantized_llama, dtype="bfloat16")
     ordinary = load(quantized_llama, dtype=torch.bfloat16, fake_quant=True)
-    assert kernels_of(quantized) == {"int4pack"}
+    assert kernels_of(quantized) == {backend}
     assert {parameter.dtype for parameter in quantized.parameters()} == {torch.bfloat16}
     exact = logits(load(quantized_llama, fake_quant=True))
     unavoidable = apart(logits(ordinary), exact)
