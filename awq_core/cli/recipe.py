@@ -83,9 +83,9 @@ def _words(value: Any, param: click.Parameter) -> Any:
 def _take(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     if value is None or ctx.resilient_parsing:
         return value
-    from awq_core.cli.quantize import quantize
-
-    found = settings(Path(value), quantize, ctx)
+    root = ctx.find_root()
+    whole = root.command.get_command(root, "quantize") if isinstance(root.command, click.Group) else None
+    found = settings(Path(value), whole or ctx.command, ctx)
     if found.get("as_json"):
         ctx.meta[JSON] = True
     ctx.default_map = found
