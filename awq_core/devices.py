@@ -12,6 +12,11 @@ import torch
 from awq_core.errors import ConfigError
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As people type it: bfloat16 for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def pick_device(device: str | torch.device) -> torch.device:
     """The device to work on; "auto" is CUDA where there is one.
 

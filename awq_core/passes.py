@@ -144,7 +144,7 @@ def _below(mixture: str, path: str) -> str:
 
 def _sites(plan: BlockPlan) -> list[Site]:
     """The readers of a scale group share one site; a linear outside every group has its own. In the groups' order."""
-    widths = {linear.name.removeprefix(plan.path).removeprefix("."): linear.in_features for linear in plan.quantized}
+    widths = {plan.local(linear): linear.in_features for linear in plan.quantized}
     sites = [Site(group.observe, group.layers, widths[group.layers[0]]) for group in plan.groups]
     grouped = {name for group in plan.groups for name in group.layers}
     return sites + [Site(name, (name,), width) for name, width in widths.items() if name not in grouped]

@@ -42,6 +42,10 @@ class BlockPlan:
     def quantized(self) -> tuple[LinearPlan, ...]:
         return tuple(linear for linear in self.linears if linear.quantize)
 
+    def local(self, linear: LinearPlan) -> str:
+        """The linear's path in the block; empty where the block is the linear."""
+        return linear.name.removeprefix(self.path).removeprefix(".")
+
 
 @dataclass(frozen=True, slots=True)
 class HeadPlan:

@@ -36,7 +36,7 @@ def units_of(blocks: Iterable[BlockPlan]) -> tuple[Unit, ...]:
 
 
 def _units(block: BlockPlan) -> list[Unit]:
-    local = {linear.name.removeprefix(block.path).removeprefix("."): linear for linear in block.quantized}
+    local = {block.local(linear): linear for linear in block.quantized}
     leader = {name: name for name in local}
 
     def find(name: str) -> str:

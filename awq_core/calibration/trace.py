@@ -85,7 +85,7 @@ class StackInputs:
     def keep_original(self, batch: int, index: int, out: torch.Tensor) -> None:
         """Keep what the original block `index` gives for a batch; after the last block nothing reads it."""
         if index + 1 < len(self.calls):
-            self._keep(self.original, batch, self._next(batch, index, out))
+            self._keep(self.original, batch, self.following(batch, index, out))
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace the inputs of block `index` by those of the next block, of the last by its outputs if it `feeds`."""
@@ -97,9 +97,9 @@ class StackInputs:
             for batch, call in enumerate(calls):
                 out = call.returned(block, load(self.hidden[batch]))
                 self.tuples = isinstance(out, tuple)
-                self._keep(self.hidden, batch, self._next(batch, index, out[0] if self.tuples else out))
+                self._keep(self.hidden, batch, self.following(batch, index, out[0] if self.tuples else out))
 
-    def _next(self, batch: int, index: int, out: torch.Tensor) -> torch.Tensor:
+    def following(self, batch: int, index: int, out: torch.Tensor) -> torch.Tensor:
         """The input of the block after `index`, which gave `out`."""
         last = index + 1 == len(self.calls)
         between = None if last else self.calls[index + 1][batch].between

@@ -130,4 +130,4 @@ def _kept(plan: Plan) -> Iterator[str]:
 
 def _local(linear: LinearPlan, block: BlockPlan) -> str:
     """The linear's path inside its block; a block that is itself a linear goes by its own last name."""
-    return linear.name.removeprefix(block.path).removeprefix(".") or block.path.rpartition(".")[2]
+    return block.local(linear) or block.path.rpartition(".")[2]

@@ -13,6 +13,7 @@ import torch
 
 from awq_core import kernels
 from awq_core.checkpoint.pack import PackedLinear
+from awq_core.devices import dtype_name
 from awq_core.errors import ConfigError
 from awq_core.hooks.types import KernelBackend
 
@@ -52,7 +53,7 @@ def survey(backends: Sequence[KernelBackend], devices: Sequence[str] | None = No
         found += [_ask(backend, device, backends) for device in here]
         if not here:
             why = f"runs on {' and '.join(backend.devices)}; not found here"
-            found.append(Finding(backend.name, backend.priority, "", {_name(one): why for one in DTYPES}, (), ""))
+            found.append(Finding(backend.name, backend.priority, "", {dtype_name(one): why for one in DTYPES}, (), ""))
     return tuple(found)
 
 
@@ -68,14 +69,14 @@ def _ask(backend: KernelBackend, device: str, backends: Sequence[KernelBackend])
         qzeros=torch.zeros(2, 8, dtype=torch.int32, device=device),
         scales=torch.ones(2, 64, dtype=torch.float16, device=device),
     )
-    answers = {_name(dtype): kernels.usable(backend, packed, dtype, device) for dtype in DTYPES}
+    answers = {dtype_name(dtype): kernels.usable(backend, packed, dtype, device) for dtype in DTYPES}
     usable = [one for one in answers.values() if not isinstance(one, str)]
     return Finding(
         name=backend.name,
         priority=backend.priority,
         device=device,
         reasons={name: one if isinstance(one, str) else "" for name, one in answers.items()},
-        chosen=tuple(_name(dtype) for dtype in DTYPES if _winner(packed, dtype, device, backends) == backend.name),
+        chosen=tuple(dtype_name(dtype) for dtype in DTYPES if _winner(packed, dtype, device, backends) == backend.name),
         detail=usable[0].detail() if usable and hasattr(usable[0], "detail") else "",
     )
 
@@ -85,7 +86,3 @@ def _winner(packed: PackedLinear, dtype: torch.dtype, device: str, backends: Seq
         return kernels.choose(packed, dtype, device=device, backends=backends).name
     except ConfigError:  # the one AWQ_KERNEL names cannot run it
         return ""
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -127,7 +127,7 @@ def quantize_block(
         NumericsError: a weight or scale that is NaN or inf.
     """
     weights = _Weights(block, plan.path)
-    linears = {_local(linear, plan): linear for linear in plan.quantized}
+    linears = {plan.local(linear): linear for linear in plan.quantized}
     waiting = list(plan.groups) if config.scale else []
     folded: list[GroupPlan] = []  # before any statistics
     chosen: dict[str, scales.ScaleResult] = {}
@@ -224,10 +224,6 @@ def quantize_block(
         [reports[name] for name in linears],
         kept,
     )
-
-
-def _local(linear: LinearPlan, plan: BlockPlan) -> str:
-    return linear.name.removeprefix(plan.path).removeprefix(".")
 
 
 def _fold(

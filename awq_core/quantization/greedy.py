@@ -25,7 +25,7 @@ import torch
 from awq_core.calibration.statistics import Statistics
 from awq_core.gemm import times_symmetric
 from awq_core.quantization.rounded import Rounded, shrinkage_ridge
-from awq_core.quantization.rounding import LEVELS, Grid, decode, grouped, nearest
+from awq_core.quantization.rounding import Grid, decode, grouped, nearest, other_neighbour
 
 BUDGET = 0.1
 # Weights worked at once on a CPU: the five arrays of a round stay in cache from round to round.
@@ -80,15 +80,12 @@ def round_rows(weight: torch.Tensor, grid: Grid, step_dtype: torch.dtype, prepar
 
 def _flip(groups: torch.Tensor, codes: torch.Tensor, grid: Grid, prepared: Prepared) -> int:
     """Flip `codes` in place; returns how many. All `[rows, groups, group_size]`."""
-    step = grid.step[..., None]
-    residue = groups / step + grid.zero[..., None] - codes
-    direction = torch.where(residue < 0, -1.0, 1.0)
-    possible = ((codes + direction >= 0) & (codes + direction <= LEVELS)).flatten(-2)
-    move = (direction * step).flatten(-2)
+    _, direction, possible = other_neighbour(groups, codes, grid)
+    move = (direction * grid.step[..., None]).flatten(-2)
     error = (decode(codes, grid) - groups).flatten(-2)
     slope = times_symmetric(error, prepared.gram).addcmul_(error, prepared.ridge)
     # The part of a flip's gain that stays; inf closes a weight: out of range, or flipped already.
-    fixed = (move.square() * (prepared.gram.diagonal() + prepared.ridge)).masked_fill_(~possible, torch.inf)
+    fixed = (move.square() * (prepared.gram.diagonal() + prepared.ridge)).masked_fill_(~possible.flatten(-2), torch.inf)
     twice = move * 2
     flat, direction, gain = codes.view(codes.shape[0], -1), direction.flatten(-2), torch.empty_like(move)
     flips = 0

@@ -28,7 +28,7 @@ import torch
 
 from awq_core.calibration.statistics import Statistics
 from awq_core.quantization.rounded import Rounded
-from awq_core.quantization.rounding import LEVELS, Grid, decode, grouped, nearest
+from awq_core.quantization.rounding import Grid, decode, grouped, nearest, other_neighbour
 
 MAX_FLIP_PERCENT = 0.01
 KNEE_TOLERANCE = 0.0
@@ -86,11 +86,9 @@ def round_rows(weight: torch.Tensor, grid: Grid, step_dtype: torch.dtype, prepar
     codes = nearest(groups, grid)
     masked = float((~prepared.free).float().mean())
     error = (weight - decode(codes, grid).flatten(-2)) @ prepared.mean
-    residue = groups / grid.step[..., None] + grid.zero[..., None] - codes
-    direction = torch.where(residue < 0, -1.0, 1.0)
+    residue, direction, possible = other_neighbour(groups, codes, grid)
     change = (direction * grid.step[..., None]).flatten(-2) * prepared.mean
-    possible = ((codes + direction >= 0) & (codes + direction <= LEVELS)).flatten(-2)
-    helps = possible & prepared.free & (change * error[:, None] > 0)
+    helps = possible.flatten(-2) & prepared.free & (change * error[:, None] > 0)
 
     order = residue.abs().flatten(-2).masked_fill_(~helps, -1).topk(prepared.cap, dim=1)
     flippable = order.values >= 0

@@ -47,6 +47,14 @@ def nearest(groups: torch.Tensor, grid: Grid) -> torch.Tensor:
     return (groups / grid.step[..., None]).round_().add_(grid.zero[..., None]).clamp_(0, LEVELS)
 
 
+def other_neighbour(groups: torch.Tensor, codes: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, ...]:
+    """(residue w/Δ + z − q, the step of ±1 towards it, whether that stays within 0..15), each of the shape of `codes`:
+    what a flip of a nearest code would do."""
+    residue = groups / grid.step[..., None] + grid.zero[..., None] - codes
+    direction = torch.where(residue < 0, -1.0, 1.0)
+    return residue, direction, (codes + direction >= 0) & (codes + direction <= LEVELS)
+
+
 def decode(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Weights from codes, `[out, groups, group_size]` fp32."""
     return (codes - grid.zero[..., None]).mul_(grid.step[..., None])

@@ -149,15 +149,12 @@ def _first(data: CalibrationData, tokens: int) -> list[Batch]:
 def _forward(engine: Engine, plan: BlockPlan, inputs: StackInputs, index: int, hidden: list[Kept]) -> list[Kept]:
     """The inputs of the next block, or the outputs of the last."""
     block = engine.model.get_submodule(plan.path)
-    following = inputs.calls[index + 1] if index + 1 < len(inputs.calls) else None
     result: list[Kept] = []
     with engine.source.filled(block, plan.path), torch.no_grad():
         for number, call in enumerate(inputs.calls[index]):
             out = call.returned(block, load(hidden[number]))
             inputs.tuples = isinstance(out, tuple)
-            out = out[0] if inputs.tuples else out
-            between = following[number].between if following else None
-            out = (out if between is None else out + load(between)).contiguous()
+            out = inputs.following(number, index, out[0] if inputs.tuples else out)
             result.append(engine.offload.keep(out) if engine.offload else out)
     return result
 
@@ -237,7 +234,7 @@ def _quantized(
 
 def _paths(plan: BlockPlan) -> dict[str, str]:
     """Path in the block -> name in the model, of each quantized linear."""
-    return {one.name.removeprefix(plan.path).removeprefix("."): one.name for one in plan.quantized}
+    return {plan.local(one): one.name for one in plan.quantized}
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import functools
 import torch
 
 from awq_core.checkpoint.pack import PackedLinear, unpack
+from awq_core.devices import dtype_name
 
 GROUPS = (128, 64, 32)
 OUT_MULTIPLE = 16
@@ -30,7 +31,7 @@ class Int4PackKernel:
     def unsupported(self, packed: PackedLinear, dtype: torch.dtype) -> str:
         out = packed.scales.shape[1]
         if dtype is not torch.bfloat16:
-            return f"{str(dtype).removeprefix('torch.')} activations would run a scalar loop; bfloat16 only"
+            return f"{dtype_name(dtype)} activations would run a scalar loop; bfloat16 only"
         if out % OUT_MULTIPLE:
             return f"{out} outputs are not a multiple of {OUT_MULTIPLE}"
         if not any(packed.group_size % group == 0 for group in GROUPS):

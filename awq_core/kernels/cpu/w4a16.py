@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from awq_core.checkpoint.pack import PackedLinear, unpack
+from awq_core.devices import dtype_name
 from awq_core.kernels.cpu import build
 
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -29,9 +30,9 @@ class W4A16Kernel:
 
     def unsupported(self, packed: PackedLinear, dtype: torch.dtype) -> str:
         if dtype not in PARTS:
-            return f"{_name(dtype)} activations; bfloat16, float16 and float32 only"
+            return f"{dtype_name(dtype)} activations; bfloat16, float16 and float32 only"
         if packed.scales.dtype not in (torch.float16, torch.bfloat16):
-            return f"scales in {_name(packed.scales.dtype)}; float16 and bfloat16 only"
+            return f"scales in {dtype_name(packed.scales.dtype)}; float16 and bfloat16 only"
         if packed.group_size % GROUP_MULTIPLE:
             return f"group size {packed.group_size} is not a multiple of {GROUP_MULTIPLE}"
         found = build.library()
@@ -129,10 +130,6 @@ def _blocks(values: torch.Tensor) -> torch.Tensor:
     """`[groups, out]` -> `[blocks, groups, 16]`."""
     padded = _padded(values)
     return padded.reshape(padded.shape[0], -1, COLUMNS).transpose(0, 1).contiguous()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @functools.cache
