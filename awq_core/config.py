@@ -33,7 +33,7 @@ class QuantConfig:
         max_flip_percent: of "heuristic": most flips an output, as a fraction of its inputs.
         knee_tolerance: of "heuristic": protects more of the outlier channels, as a fraction of the larger half.
         correct_inputs: for how much of the drift of their inputs, which the rounding of earlier layers causes, weights
-            make up before they are rounded: 0 none, 1 all.
+            make up before they are rounded: 0 none, 1 all. Half where rounding is "gptq" and nothing is said.
         correct_bias: let a linear's bias, where it has one, absorb the mean of its rounding error.
         components: per component, "keep" or "4bit"; overrides the plugin's policy.
         modules_to_not_convert: linears whose full name contains one of these strings stay as they are.
@@ -51,7 +51,7 @@ class QuantConfig:
     rounding: str = ""
     max_flip_percent: float = 0.01
     knee_tolerance: float = 0.0
-    correct_inputs: float = 0.0
+    correct_inputs: float = None  # type: ignore[assignment]  # a number from __post_init__ on
     correct_bias: bool = False
     components: Mapping[str, str] = field(default_factory=dict)
     modules_to_not_convert: tuple[str, ...] = ()
@@ -62,6 +62,8 @@ class QuantConfig:
     def __post_init__(self) -> None:
         if not self.rounding:
             object.__setattr__(self, "rounding", "gptq" if self.scale or self.clip != "none" else "nearest")
+        if self.correct_inputs is None:
+            object.__setattr__(self, "correct_inputs", 0.5 if self.rounding == "gptq" else 0.0)
         if self.bits != 4:
             raise ConfigError(f"bits={self.bits} is not possible", hint="an AWQ checkpoint holds 4-bit weights: bits=4")
         if self.group_size not in GROUP_SIZES:

@@ -70,8 +70,7 @@ _WEIGHTS: tuple[Decorator, ...] = (
         "--correct-inputs",
         type=float,
         metavar="F",
-        default=0.0,
-        help="Make up for this share of the drift that earlier layers' rounding causes; 0.5 is a good one.",
+        help="Make up for this share of the drift from earlier layers' rounding. [default: 0.5 with gptq, else 0]",
     ),
     click.option(
         "--correct-bias/--no-correct-bias", help="Let biases absorb the mean rounding error of their linears."
@@ -144,7 +143,7 @@ def make_config(
     rounding: str | None,
     max_flip_percent: float = 0.01,
     knee_tolerance: float = 0.0,
-    correct_inputs: float = 0.0,
+    correct_inputs: float | None = None,
     correct_bias: bool = False,
     no_scale: bool,
     clip: str | None,

@@ -19,6 +19,13 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "gptqmodel": ("gptqmodel==7.6.0",),
     "autoround": ("auto-round==0.16.1",),
     "modelopt": ("nvidia-modelopt[hf]==0.47.0", "requests"),  # it imports requests and does not say so
+    # Their int4 products alone, for benchmarks/kernels.py. The first three run on CPUs, the others on CUDA.
+    "onnxruntime": ("onnxruntime==1.31.1", "onnx==1.23.2"),
+    "openvino": ("openvino==2026.4.1",),
+    "llama-cpp": ("llama-cpp-python==0.3.36", "gguf==0.19.0"),  # compiled here: ten minutes and more
+    "gemlite": ("gemlite==0.6.0.post2",),
+    "torchao": ("torchao==0.18.0",),
+    "bitsandbytes": ("bitsandbytes==0.50.2",),
 }
 
 
@@ -43,6 +50,7 @@ class Run:
 
 
 CLIP = {"clip": "asymmetric"}
+GPTQ = {"rounding": "gptq", "correct_inputs": 0.0}
 RUNS: tuple[Run, ...] = (
     Run("awq_core", "the defaults"),
     Run("awq_core:nearest", "AWQ, clip", CLIP | {"rounding": "nearest"}),
@@ -50,9 +58,9 @@ RUNS: tuple[Run, ...] = (
     Run("awq_core:no-clip", "AWQ, no clip", {"clip": "none", "rounding": "nearest"}),
     Run("awq_core:heuristic", "AWQ, clip, heuristic", CLIP | {"rounding": "heuristic"}),
     Run("awq_core:greedy", "AWQ, clip, greedy", CLIP | {"rounding": "greedy"}),
-    Run("awq_core:gptq", "AWQ, clip, gptq", CLIP | {"rounding": "gptq"}),
-    Run("awq_core:gptq-no-clip", "AWQ, no clip, gptq", {"clip": "none", "rounding": "gptq"}),
-    Run("awq_core:gptq-only", "no scales, no clip, gptq", {"scale": False, "clip": "none", "rounding": "gptq"}),
+    Run("awq_core:gptq", "AWQ, clip, gptq", CLIP | GPTQ),
+    Run("awq_core:gptq-no-clip", "AWQ, no clip, gptq", GPTQ | {"clip": "none"}),
+    Run("awq_core:gptq-only", "no scales, no clip, gptq", GPTQ | {"scale": False, "clip": "none"}),
     Run("awq_core:rtn", "round to nearest", {"scale": False, "clip": "none", "rounding": "nearest"}),
     Run("autoawq", "AWQ, clip", {"clip": True}),
     Run("autoawq:no-clip", "AWQ, no clip", {"clip": False}),

@@ -22,17 +22,23 @@ def say(text: str) -> None:
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """This one, with `threads` threads that do not spin while they wait, no hub, and these folders to import from."""
+    """This one, with `threads` threads that do not spin while they wait, and no hub."""
     fixed = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-    return {**os.environ, **fixed, **quiet, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(BENCHMARKS)}
+    return {**os.environ, **fixed, **quiet, "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def module_command(python: str, module: str, argument: Path) -> list[str]:
+    """Runs a module of `peers`. Its folder comes last on the path: `kernels` is a script here and a package there."""
+    code = f"import runpy, sys; sys.path.append({str(BENCHMARKS)!r}); runpy.run_module('peers.{module}', None, '__main__')"
+    return [python, "-c", code, str(argument)]
 
 
 def ask(module: str, wanted: dict[str, Any], work: Path, threads: int) -> dict[str, Any]:
     """What a module of `peers`, run by this Python, prints when given `wanted`."""
     question = work / f"{module}.json"
     question.write_text(json.dumps(wanted), encoding="utf-8")
-    command = [sys.executable, "-m", f"peers.{module}", str(question)]
+    command = module_command(sys.executable, module, question)
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=child_environment(threads))
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
@@ -68,7 +74,7 @@ def start(
         options=which.options,
     ).write(job_file)
     limit = budget_minutes * 60
-    command = [str(python), "-m", f"peers.{which.peer}", str(job_file)]
+    command = module_command(str(python), which.peer, job_file)
     used = watch(command, folder=into, environment=child_environment(threads), log=log, limit=limit)
     row: dict[str, Any] = {"name": which.name, "settings": which.settings, "peak_gb": used.peak_bytes / 1e9}
     if report.is_file():

@@ -273,7 +273,7 @@ def test_a_recipe_is_a_whole_run_and_the_saved_one_repeats_it(awq, desk, recipe)
         "rounding": "gptq",
         "max_flip_percent": 0.01,
         "knee_tolerance": 0.0,
-        "correct_inputs": 0.0,
+        "correct_inputs": 0.5,
         "correct_bias": False,
         "component": {"language": "4bit"},
         "keep": ["layers.1.mlp.gate"],
