@@ -198,3 +198,16 @@ def test_help_needs_no_torch():
     assert done.returncode == 0, done.stderr
     for word in ("autoawq:no-clip", "--budget-minutes", "One after the other"):
         assert word in done.stdout
+
+
+def test_a_toolkit_does_not_import_our_scripts(tmp_path):
+    """transformers imports a package named `kernels` where it finds one; benchmarks/kernels.py is none."""
+    from peers.running import child_environment, module_command
+
+    python, flag, code, *_ = module_command(sys.executable, "process", tmp_path / "job.json")
+    code += "\nimport importlib.util\nprint(importlib.util.find_spec('kernels'), 'peers.job' in sys.modules)"
+    code = code.replace("peers.process", "peers.running")  # which imports others of its package
+    done = subprocess.run(
+        [python, flag, code], cwd=tmp_path, env=child_environment(1), stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert done.stdout.split() == ["None", "True"]

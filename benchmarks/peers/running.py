@@ -29,8 +29,13 @@ def child_environment(threads: int) -> dict[str, str]:
 
 
 def module_command(python: str, module: str, argument: Path) -> list[str]:
-    """Runs a module of `peers`. Its folder comes last on the path: `kernels` is a script here and a package there."""
-    code = f"import runpy, sys; sys.path.append({str(BENCHMARKS)!r}); runpy.run_module('peers.{module}', None, '__main__')"
+    """Runs a module of `peers`. Its parent folder stays off the path: `kernels.py` there is not the package."""
+    code = (
+        "import runpy, sys, types\n"
+        "package = sys.modules['peers'] = types.ModuleType('peers')\n"
+        f"package.__path__ = [{str(BENCHMARKS / 'peers')!r}]\n"
+        f"runpy.run_module('peers.{module}', None, '__main__')"
+    )
     return [python, "-c", code, str(argument)]
 
 
