@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format test-plugin test-isolated gpu-test bench clean
+.PHONY: help install demo test lint format test-plugin test-isolated test-scaffold gpu-test bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,7 +35,7 @@ test test-plugin test-isolated: export OMP_NUM_THREADS := 1
 
 test: $(STAMP) $(PLUGGY_OLD)  ## all tests; the hook tests once more on the oldest pluggy
 	PYTHONPATH=$(PLUGGY_OLD) $(BIN)/python -m pytest -q -p no:cacheprovider tests/hooks
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -57,6 +57,18 @@ test-isolated:  ## one plugin's tests against built wheels in an empty environme
 	.cache/isolated/env/bin/python -m pip wheel -q --no-deps -w .cache/isolated/dist . $(addprefix ./,$(PLUGINS))
 	.cache/isolated/env/bin/python -m pip install -q -c constraints.txt --find-links .cache/isolated/dist "awq-plugin-$(P)[test]"
 	.cache/isolated/env/bin/python -m pytest -q plugins/$(P)
+
+test-scaffold: $(STAMP)  ## `awq plugins new` for three unlike models, each tested from its wheel in an empty environment
+	rm -rf .cache/scaffold && mkdir -p .cache/scaffold
+	$(PYTHON) -m venv .cache/scaffold/env
+	.cache/scaffold/env/bin/python -m pip install -q --upgrade pip
+	for kind in opt phi mixtral; do \
+	  mkdir -p .cache/scaffold/$$kind && printf '{"model_type": "%s"}' $$kind > .cache/scaffold/$$kind/config.json && \
+	  AWQ_PLUGINS= $(BIN)/awq plugins new new_$$kind --from-model .cache/scaffold/$$kind --out .cache/scaffold/new_$$kind || exit 1; \
+	done
+	.cache/scaffold/env/bin/python -m pip wheel -q --no-deps -w .cache/scaffold/dist . .cache/scaffold/new_*
+	.cache/scaffold/env/bin/python -m pip install -q -c constraints.txt pytest .cache/scaffold/dist/*.whl
+	cd .cache/scaffold && AWQ_STRICT_PLUGINS=1 env/bin/python -m pytest -q --import-mode=importlib new_*/tests
 
 gpu-test: $(STAMP)  ## the kernels on a real GPU
 	$(BIN)/python -m pytest -q -m gpu tests/kernels

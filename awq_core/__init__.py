@@ -22,6 +22,8 @@ _EXPORTS = {
     "Plan": "awq_core.plan_types",
     "QuantConfig": "awq_core.config",
     "QuantizeResult": "awq_core.api",
+    "component_effects": "awq_core.components",
+    "infer": "awq_core.inference",
     "load": "awq_core.api",
     "plan": "awq_core.api",
     "quantize": "awq_core.api",
@@ -34,6 +36,8 @@ __all__ = [
     "QuantConfig",
     "QuantizeResult",
     "__version__",
+    "component_effects",
+    "infer",
     "load",
     "plan",
     "quantize",
@@ -42,8 +46,10 @@ __all__ = [
 if TYPE_CHECKING:
     from awq_core.api import QuantizeResult, load, plan, quantize
     from awq_core.compat import AutoAWQForCausalLM
+    from awq_core.components import component_effects
     from awq_core.config import QuantConfig
     from awq_core.errors import AwqError
+    from awq_core.inference import infer
     from awq_core.plan_types import Plan
 
 

@@ -18,13 +18,15 @@ import torch
 from awq_core.calibration.batches import CalibrationData
 from awq_core.calibration.offload import offloading
 from awq_core.calibration.prepare import Preprocessors, prepare
+from awq_core.calibration.subsets import Subsets, shares
 from awq_core.checkpoint.config_json import config_json
 from awq_core.checkpoint.files import side_files
 from awq_core.checkpoint.format import already_quantized
 from awq_core.checkpoint.reader import CheckpointReader, fingerprint
+from awq_core.checkpoint.stacks import unstacked
 from awq_core.checkpoint.writer import CheckpointWriter
 from awq_core.config import QuantConfig
-from awq_core.devices import compute_dtype, pick_device
+from awq_core.devices import compute_dtype, pick_devices
 from awq_core.errors import CheckpointError, ConfigError
 from awq_core.hooks.manager import PluginManager, default_manager
 from awq_core.identity import digest, identity
@@ -37,7 +39,11 @@ from awq_core.quantization.engine import BlockDone, Engine
 from awq_core.quantization.proof import Proof, require_proof
 from awq_core.quantization.reuse import SCALES, Found, scales_file
 from awq_core.quantization.sensitivity import Sensing, allocation_for
+from awq_core.quantization.spread import spreading
 from awq_core.recipe import RECIPE, recipe_text
+from awq_core.report.card import section
+from awq_core.report.collect import record_of
+from awq_core.report.record import RECORD, Cost
 from awq_core.runtime.load import load
 from awq_core.skeleton import build_skeleton, checkpoint_names, open_config, raw_config, resolve
 
@@ -56,7 +62,7 @@ class Phase:
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
     """What `quantize` did. `allocation` is what it chose for a target; None without one, and where it took over the
-    choice of the unfinished run that it resumed."""
+    choice of the unfinished run that it resumed. `cost` is time and memory, those of the runs it resumed included."""
 
     out: Path
     plan: Plan
@@ -65,6 +71,7 @@ class QuantizeResult:
     calibration: CalibrationData | None
     seconds: float
     allocation: Allocation | None = None
+    cost: Cost | None = None
 
 
 def plan(
@@ -108,8 +115,11 @@ def quantize(
     calibration: Any = None,
     samples: int = 128,
     seq_len: int = 512,
+    subsets: Subsets | None = None,
     plugin: str | None = None,
     device: str = "auto",
+    engine: str = "local",
+    address: str | None = None,
     dtype: torch.dtype | str = "auto",
     trust_remote_code: bool = False,
     tokenizer: Any = None,
@@ -131,8 +141,11 @@ def quantize(
         calibration: text file, .jsonl, .jsonl.zst, .parquet, folder of texts or of images with captions, Hugging Face
             dataset name, list of strings or of token lists, or ready `CalibrationData`; None is the built-in default.
         samples, seq_len: calibration windows and tokens in each.
+        subsets: calibrate on these subsets only of a corpus whose rows name one, as The Pile's do.
         plugin: owner, where two installed plugins claim the model.
-        device: "auto" (CUDA where present), "cpu", "cuda:1", ...
+        device: "auto" (CUDA where present), "cpu", "cuda:1", ...; "cuda:0,cuda:1" shares a block's searches out.
+        engine: "local", or "ray": a block's searches are tasks on a Ray cluster. The same bytes either way.
+        address: of the cluster, as `ray.init` takes it: "auto", "host:6379"; None is one of its own on this machine.
         dtype: of activations while calibrating; "auto" is the checkpoint's where the device is fast in it.
         tokenizer: replaces the model folder's own.
         restart: start over instead of resuming.
@@ -157,9 +170,11 @@ def quantize(
     raw = raw_config(folder)
     _refuse_quantized(folder, raw)
     typed, owner = open_config(folder, manager, plugin=plugin, trust_remote_code=trust_remote_code)
-    target = pick_device(device)
+    devices = pick_devices(device)
+    target = devices[0]
     with (
         ExitStack() as opened,
+        spreading(engine, address, devices) as spread,
         offloading(offload) as activations,
         CheckpointWriter(Path(out), restart=restart) as writer,
         CheckpointReader(folder) as reader,
@@ -172,12 +187,13 @@ def quantize(
             make_plan, skeleton, owner, manager, calibration_tokens=samples * seq_len, itemsize=stored.itemsize
         )
         decided = make(config)
+        reader = unstacked(reader, skeleton)
         names = checkpoint_names(skeleton, reader.names)
         step_dtype = torch.bfloat16 if stored is torch.bfloat16 else torch.float16
         source = fingerprint(folder)
         head = decided.head.linear.name if decided.head else ""
         found = opened.enter_context(Found(reuse, source, names)) if reuse is not None else None
-        engine = Engine(
+        walk = Engine(
             reader,
             skeleton,
             names,
@@ -186,6 +202,7 @@ def quantize(
             step_dtype=step_dtype,
             offload=activations,
             found=found,
+            spread=spread,
         )
         _refuse_empty(decided)
         if goal is not None:
@@ -208,6 +225,7 @@ def quantize(
                 make_batch,
                 samples=samples,
                 seq_len=seq_len,
+                subsets=subsets,
                 seed=config.seed,
                 say=say,
             )
@@ -221,43 +239,50 @@ def quantize(
                 config = replace(config, modules_to_not_convert=tuple(unfinished["config"]["modules_to_not_convert"]))
                 decided = make(config)
             else:
-                allocation = allocation_for(engine, goal, data, stored.itemsize, say)
+                allocation = allocation_for(walk, goal, data, stored.itemsize, say)
                 say(allocation)
                 config = keeping(decided, allocation)
                 verify(decided, mixed := make(config), allocation)
                 decided = mixed
-            engine.plan = decided
+            walk.plan = decided
         seen = data if searching else None
         if writer.begin({**identity(source, decided, data, compute, target, reuse), "target": asked}):
             say(Phase(f"resuming: {len(writer.finished)} finished steps found in {out}"))
         if writer.complete:
             reports = tuple(LinearReport(**r) for done in writer.finished.values() for r in done.get("reports", ()))
             seconds = time.perf_counter() - started
-            return QuantizeResult(Path(out), decided, proof, reports, data, seconds, allocation)
-        reports = tuple(engine.run(seen, writer, say))
+            cost = Cost.of(writer.finished, writer.finished, seconds)
+            return QuantizeResult(Path(out), decided, proof, reports, data, seconds, allocation, cost)
+        earlier = tuple(writer.finished)
+        reports = tuple(walk.run(seen, writer, say))
         for note, count in Counter(report.note for report in reports if report.note).items():
             say(Phase(f"{count} linears rounded by greedy flips: {note}"))
         seconds = time.perf_counter() - started
         files: dict[str, bytes | str | Path] = {**side_files(folder, include_code=trust_remote_code)}
         files["config.json"] = _json(config_json(raw, typed, decided, names))
-        files["README.md"] = model_card(str(model), decided, proof, reports, seen, reused=found is not None)
+        done: dict[str, Any] = {"device": target, "dtype": compute, "target": str(goal or "")}
+        about = (str(model), decided, proof, reports, seen)
+        record = record_of(*about, itemsize=stored.itemsize, reused=found is not None, **done)
+        files[RECORD] = record.to_json()
+        files["README.md"] = model_card(*about, reused=found is not None, report=section(record))
         used = {"samples": samples, "seq_len": seq_len}
         files[RECIPE] = recipe_text(
             decided,
             model=model,
             calibration=calibration,
             calibrated=None if seen is None else {} if seen is calibration else used,
-            device=target,
-            dtype=compute,
+            subsets=subsets,
+            mixture=seen.mixture if seen else (),
             trust_remote_code=trust_remote_code,
             reuse=reuse,
-            target="" if goal is None else str(goal),
+            **done,
         )
-        searched = [done["scales"] for done in writer.finished.values() if done.get("scales")]
+        searched = [one["scales"] for one in writer.finished.values() if one.get("scales")]
         if searched:
             files[SCALES] = scales_file(searched, source)
         writer.finish(files)
-    return QuantizeResult(Path(out), decided, proof, reports, data, seconds, allocation)
+        cost = Cost.of(writer.finished, earlier, time.perf_counter() - started)
+    return QuantizeResult(Path(out), decided, proof, reports, data, seconds, allocation, cost)
 
 
 def _calibration(
@@ -268,6 +293,7 @@ def _calibration(
     *,
     samples: int,
     seq_len: int,
+    subsets: Subsets | None,
     seed: int,
     say: Callable[[Phase], None],
 ) -> tuple[CalibrationData, int]:
@@ -279,9 +305,18 @@ def _calibration(
         seq_len = limit
     vocabulary = getattr(text, "vocab_size", None)
     data = prepare(
-        source, preprocessors, make_batch, samples=samples, seq_len=seq_len, seed=seed, vocab_size=vocabulary
+        source,
+        preprocessors,
+        make_batch,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        vocab_size=vocabulary,
+        subsets=subsets,
     )
     say(Phase(f"calibration: {data.samples} samples, {data.tokens} tokens from {data.source}"))
+    if data.mixture:
+        say(Phase(f"calibration mixture: {shares(data.mixture)} of the tokens"))
     for note in data.notes:
         say(Phase(f"calibration: {note}"))
     return data, seq_len

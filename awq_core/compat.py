@@ -30,7 +30,7 @@ from awq_core.errors import ConfigError, OutputError
 IGNORED_WHEN_OPENING = {"low_cpu_mem_usage", "use_cache", "safetensors", "download_kwargs", "device_map"}
 IGNORED_WHEN_QUANTIZING = {"n_parallel_calib_samples", "max_chunk_memory", "duo_scaling"}
 IGNORED_WHEN_LOADING = {
-    "quant_filename", "max_seq_len", "fuse_layers", "use_exllama", "use_exllama_v2", "use_ipex", "batch_size",
+    "quant_filename", "max_seq_len", "use_exllama", "use_exllama_v2", "use_ipex", "batch_size",
     "safetensors", "max_memory", "offload_folder", "download_kwargs", "low_cpu_mem_usage", "use_cache",
 }  # fmt: skip
 
@@ -128,16 +128,24 @@ class AutoAWQForCausalLM:
         cls,
         quant_path: str | os.PathLike[str],
         *,
-        device_map: str | None = None,
+        device_map: Any = None,
         torch_dtype: torch.dtype | str | None = None,
         trust_remote_code: bool = False,
+        fuse_layers: bool = False,
         **kwargs: Any,
     ) -> AutoAWQForCausalLM:
-        """Load a quantized folder; `generate` and calls go to the transformers model inside."""
+        """Load a quantized folder; `generate` and calls go to the transformers model inside.
+
+        Args:
+            device_map: of `load`; nothing, or "auto" on a machine with one GPU or none, is the GPU or the CPU.
+            fuse_layers: `fuse` of `load`.
+        """
         _refuse_unknown(kwargs, IGNORED_WHEN_LOADING, "from_quantized")
-        device = device_map if device_map not in (None, "auto", "balanced") else None
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = load(quant_path, device=device, dtype=torch_dtype, trust_remote_code=trust_remote_code)
+        if device_map is None or (device_map in ("auto", "balanced") and torch.cuda.device_count() < 2):
+            device_map = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load(
+            quant_path, device_map=device_map, dtype=torch_dtype, trust_remote_code=trust_remote_code, fuse=fuse_layers
+        )
         return cls(model=model)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,19 @@ COMPONENT_CHOICES = ("keep", "4bit")
 ALIASES = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
+def check_component(component: str, choice: str) -> None:
+    """Raises ConfigError where `choice` is nothing that can be done with a component."""
+    if choice in COMPONENT_CHOICES:
+        return
+    hint = f"one of {', '.join(COMPONENT_CHOICES)}"
+    if choice.removesuffix("bit").isdecimal():
+        raise ConfigError(
+            f"component {component}={choice}: an AWQ checkpoint holds 4-bit weights, other widths need another format",
+            hint=hint,
+        )
+    raise ConfigError(f"component {component}={choice!r} is not known", hint=hint)
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     """How weights are quantized.
@@ -51,7 +64,7 @@ class QuantConfig:
     rounding: str = ""
     max_flip_percent: float = 0.01
     knee_tolerance: float = 0.0
-    correct_inputs: float = None  # type: ignore[assignment]  # a number from __post_init__ on
+    correct_inputs: float | None = None
     correct_bias: bool = False
     components: Mapping[str, str] = field(default_factory=dict)
     modules_to_not_convert: tuple[str, ...] = ()
@@ -79,18 +92,15 @@ class QuantConfig:
             )
         if self.lm_head_chunks < 0:
             raise ConfigError(f"lm_head_chunks={self.lm_head_chunks} is not possible", hint="0 goes by the head's size")
-        if not 0 <= self.correct_inputs <= 1:
+        if not 0 <= (self.correct_inputs or 0) <= 1:
             raise ConfigError(f"correct_inputs={self.correct_inputs} is no fraction", hint="0.5 is half of the drift")
         for component, choice in self.components.items():
-            if choice not in COMPONENT_CHOICES:
-                raise ConfigError(
-                    f"component {component}={choice!r} is not known", hint=f"one of {', '.join(COMPONENT_CHOICES)}"
-                )
+            check_component(component, choice)
 
     @property
     def needs_calibration(self) -> bool:
         """Whether statistics of activations are used at all."""
-        corrects = self.correct_inputs > 0 or self.correct_bias
+        corrects = bool(self.correct_inputs) or self.correct_bias
         return self.scale or self.clip != "none" or self.rounding != "nearest" or corrects
 
     @classmethod

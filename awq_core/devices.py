@@ -40,6 +40,21 @@ def pick_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
+def pick_devices(device: str | torch.device) -> list[torch.device]:
+    """One device, or several of one kind between commas: "cuda:0,cuda:1".
+
+    Raises:
+        ConfigError: as `pick_device`; an empty name; devices of two kinds, whose results would differ.
+    """
+    names = [name.strip() for name in str(device).split(",")]
+    if len(names) > 1 and not {"", "auto"}.isdisjoint(names):
+        raise ConfigError(f"device={device!r} does not name every device", hint='"cuda:0,cuda:1"')
+    devices = [pick_device(name) for name in names]
+    if len({one.type for one in devices}) > 1:
+        raise ConfigError(f"device={device!r}: devices of two kinds", hint='"cuda:0,cuda:1"')
+    return devices
+
+
 def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A floating-point dtype from itself or its name, "bfloat16" or "torch.bfloat16".
 
@@ -65,6 +80,29 @@ def resident_bytes() -> int:
 def memory_bytes(device: torch.device) -> int:
     """What this process holds: `resident_bytes`, and the most that torch has allocated on a CUDA device."""
     return resident_bytes() + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the most that was ever in use: `peak_bytes` counts from here. For RAM, Linux alone can do that."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    except OSError:
+        return
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most bytes in use since `reset_peak`: what torch allocated on a CUDA device, else this process in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resident_bytes()
 
 
 def release_freed_memory() -> None:

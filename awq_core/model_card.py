@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from awq_core.calibration.batches import CalibrationData
+from awq_core.calibration.subsets import shares
 from awq_core.plan_types import HeadPlan, Plan
 from awq_core.quantization.block import LinearReport
 from awq_core.quantization.proof import Proof
@@ -35,7 +36,7 @@ Made from `{base}` with awq-core {version} and {dist} {dist_version}.
 ## Kept as they were
 
 {kept}
-
+{report}
 ## Use
 
 ```python
@@ -67,8 +68,9 @@ def model_card(
     data: CalibrationData | None,
     *,
     reused: bool = False,
+    report: str = "",
 ) -> str:
-    """The text of README.md."""
+    """The text of README.md; `report` is the section that `awq_core.report` fills."""
     config = plan.config
     steps = [
         "activation-aware scales" if config.scale else "no scales",
@@ -78,6 +80,8 @@ def model_card(
     steps += [f"inputs corrected by {config.correct_inputs:g}"] if config.correct_inputs else []
     steps += ["biases corrected"] if config.correct_bias else []
     calibration = f"{data.samples} samples, {data.tokens} tokens: {data.source}" if data else "none"
+    if data and data.mixture:
+        calibration += f"; {shares(data.mixture)} of the tokens"
     name = Path(base).name or base
     quantized = sum(linear.quantize for linear in plan.linears)
     loss = ""
@@ -102,6 +106,7 @@ def model_card(
         loss=loss,
         head=_head(plan),
         kept=_kept(plan),
+        report=f"\n{report}\n" if report else "",
     )
 
 

@@ -52,7 +52,8 @@ def make_plan(
         policy = policies[stack.component]
         for path, block, index in stack_blocks(model, stack):
             groups = manager_groups(manager, owner, model, stack, block, index)
-            blocks.append(_plan_block(stack.component, path, block, groups, policy, config))
+            keep = groups_owner(manager, owner, model, stack).arch.keep
+            blocks.append(_plan_block(stack.component, path, block, groups, keep, policy, config))
     inside = tuple(block.path + "." for block in blocks)
     wanted = head_name(model) if config.lm_head else ""
     outside = tuple(
@@ -163,6 +164,7 @@ def _plan_block(
     path: str,
     block: nn.Module,
     declared: Sequence[ScaleGroup],
+    keep: Sequence[str],
     policy: ComponentPolicy,
     config: QuantConfig,
 ) -> BlockPlan:
@@ -174,12 +176,14 @@ def _plan_block(
         return BlockPlan(component, path, kept, parameters=parameters)
     groups, skipped = resolve_groups(block, declared, where=path)
     compensated = {name for group in declared for pattern in group.compensate for name in expand(pattern, modules)}
+    read = {name for pattern in keep for name in expand(pattern, modules)}
     unclipped = {name for group in declared for pattern in group.no_clip for name in expand(pattern, modules)}
     group_size = policy.group_size or config.group_size
     full = {name: f"{path}.{name}" if name else path for name in modules}  # a block may be one linear
     reasons = {
         name: _asked(full[name], config)
-        or ("reads a scaled tensor but is never quantized" if name in compensated else _shape_reason(m, group_size))
+        or ("reads a scaled tensor but is never quantized" if name in compensated else "")
+        or ("the model reads its weight instead of calling it" if name in read else _shape_reason(m, group_size))
         for name, m in modules.items()
     }
     for together in (*(group.layers for group in groups), *(skip.layers for skip in skipped)):

@@ -10,14 +10,16 @@ the effective recipe, the file that lies beside the weights and makes them again
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
 from awq_core.calibration.sources import local_path
+from awq_core.calibration.subsets import Subsets, shares
 from awq_core.errors import ConfigError
+from awq_core.hooks.loading import INFERRED
 from awq_core.version import __version__
 
 if TYPE_CHECKING:
@@ -104,6 +106,8 @@ def recipe_text(
     model: str | os.PathLike[str],
     calibration: Any,
     calibrated: Mapping[str, int] | None,
+    subsets: Subsets | None = None,
+    mixture: Iterable[tuple[str, int]] = (),
     device: torch.device,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
@@ -116,6 +120,8 @@ def recipe_text(
         model: as the caller named it.
         calibration: as the caller named it; what was given in memory is a comment, as no file can name it.
         calibrated: samples and seq_len as they were used; None where nothing was calibrated.
+        subsets: those of the corpus that were chosen.
+        mixture: (subset, tokens) of what was used; a comment.
         device: its kind is written, not its number.
         dtype: of activations.
         reuse: folder of the earlier run whose scales and ranges were taken.
@@ -134,6 +140,11 @@ def recipe_text(
         else:
             comments.append("# calib: it was given in memory, so that this file alone does not make these weights\n")
         values.update(calibrated)
+        if subsets:
+            chosen = {"calib_subsets": subsets.include, "calib_exclude": subsets.exclude}
+            values |= {key: ",".join(names) for key, names in chosen.items() if names}
+        if used := shares(mixture):
+            comments.append(f"# calibration mixture: {used} of the tokens\n")
     if reuse is not None:
         values["reuse"] = _portable(reuse, local=True)
     if target:
@@ -155,7 +166,7 @@ def recipe_text(
         "keep": list(config.modules_to_not_convert),
         "lm_head": config.lm_head,
         "lm_head_chunks": config.lm_head_chunks,
-        "plugin": plan.plugin,
+        **({"infer": True} if plan.plugin == INFERRED else {"plugin": plan.plugin}),
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
     }

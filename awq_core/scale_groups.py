@@ -22,7 +22,8 @@ from awq_core.shared_heads import SharedHeads, shared_heads
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
     """A scale group with its globs resolved; paths are relative to the block. `shared` says which channels have one
-    scale, where `prev` writes fewer than its readers take."""
+    scale, where `prev` writes fewer than its readers take. They read the last rows of each of its `sections` equal
+    parts."""
 
     prev: str
     layers: tuple[str, ...]
@@ -31,6 +32,8 @@ class GroupPlan:
     norm_offset: float
     prev_rows: str
     shared: SharedHeads | None = None
+    sections: int = 1
+    degree: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +79,17 @@ def resolve_groups(
             if not layers or (observed and not observe):
                 absent = group.observe if layers else ", ".join(group.layers)
                 raise PlanError(f"{where}: scale group {group.prev}: for {prev} nothing matches {absent!r}")
-            for name in (*layers, *compensate, f"output of {prev}"):
+            for name in (*layers, *compensate, *([f"output of {prev}"] if prev else [])):
                 if name in claimed:
                     raise PlanError(f"{where}: {name} is in two scale groups: {claimed[name]} and {prev}")
                 claimed[name] = prev
             fit = _fit(prev, layers, compensate, modules, group, where)
             if isinstance(fit, str):
-                skipped.append(Skip(f"{prev} -> {', '.join(layers)}", fit, layers))
+                skipped.append(Skip(f"{prev or 'no scales'} -> {', '.join(layers)}", fit, layers))
                 continue
             observe = (*observe, *layers)
-            groups.append(GroupPlan(prev, layers, compensate, observe[0], group.norm_offset, group.prev_rows, fit))
+            offset, rows, degree = group.norm_offset, group.prev_rows, group.degree
+            groups.append(GroupPlan(prev, layers, compensate, observe[0], offset, rows, *fit, degree))
     return tuple(groups), tuple(skipped)
 
 
@@ -116,9 +120,9 @@ def _fit(
     modules: dict[str, nn.Module],
     group: ScaleGroup,
     where: str,
-) -> SharedHeads | str | None:
-    """Which channels share a scale (None: each has its own), or why 1/s cannot be folded into `prev`. Raises PlanError
-    where the declaration must be wrong."""
+) -> tuple[SharedHeads | None, int] | str:
+    """Which channels share a scale (None: each has its own) and the sections of `prev`, or why 1/s cannot be folded
+    into it. Raises PlanError where the declaration must be wrong."""
     for name in layers:
         if not isinstance(modules[name], nn.Linear):
             raise PlanError(f"{where}.{name} is not a linear", hint="awq_prepare_model can turn it into one")
@@ -130,19 +134,43 @@ def _fit(
         shape = tuple(getattr(getattr(modules[name], "weight", None), "shape", ()))
         if shape[-1:] != (width,):
             raise PlanError(f"{where}: {name} is compensated, its weight {shape} does not take {width} inputs")
+    if not prev:
+        return "no norm or linear before them could be divided"
     module = modules[prev]
     if isinstance(module, nn.Linear):
-        rows = module.out_features
-        if rows == width or (group.prev_rows == "last" and rows > width):
-            return None
-        why = f"{prev} writes {rows} channels, its reader takes {width}"
-        if rows > width or group.prev_rows == "last":
-            return why
-        shared = shared_heads(rows, width, modules[""], group.head_dim)
-        return f"{why} ({shared})" if isinstance(shared, str) else shared
+        return _fit_rows(prev, module.out_features, width, modules[""], group)
     weight = getattr(module, "weight", None)
     if weight is None:
         return f"{prev} has no weight to fold into: the format holds no activation scales"
+    if weight.ndim == 1 and group.head_dim and weight.numel() != width:  # a norm of each head, all with one weight
+        shared = shared_heads(weight.numel(), width, modules[""], group.head_dim)
+        return f"{prev} has {weight.numel()} weights ({shared})" if isinstance(shared, str) else (shared, 1)
     if weight.ndim != 1 or weight.numel() != width:
         raise PlanError(f"{where}: norm {prev} has shape {tuple(weight.shape)}, its readers take {width}")
-    return None
+    return None, 1
+
+
+def _fit_rows(
+    prev: str, rows: int, width: int, block: nn.Module, group: ScaleGroup
+) -> tuple[SharedHeads | None, int] | str:
+    """`_fit` where `prev` is a linear of `rows` outputs."""
+    why = f"{prev} writes {rows} channels, its reader takes {width}"
+    if group.prev_rows == "all":
+        values = rows
+    elif group.head_dim and group.prev_rows != "kv_heads":
+        # A fused qkv: the queries are as wide as what the readers take, keys and values alike.
+        values = 0 if (rows - width) % 2 else (rows - width) // 2
+    else:
+        values = width
+    if not 0 < values <= min(rows, width):
+        return why
+    by_head = group.prev_rows in ("heads", "kv_heads")
+    if values == width and not by_head:
+        return None, 1
+    shared = shared_heads(values, width, block, group.head_dim)
+    if isinstance(shared, str):
+        return f"{why} ({shared})"
+    sections = values // shared.head_dim if by_head else 1
+    if rows % sections:
+        return f"{why} ({sections} heads do not share evenly)"
+    return (shared if shared.repeats > 1 else None), sections

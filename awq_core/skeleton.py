@@ -10,15 +10,17 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -150,6 +152,20 @@ def model_class(config: PretrainedConfig) -> Any:
 
 
 _BUILDING = threading.RLock()
+LARGE = 1 << 26  # elements; a buffer (a rotary table, a mask) has fewer
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Memory for a large tensor is not asked for: the experts of one layer in one tensor are more than many machines
+    have, and the system refuses that even where nothing would be written to it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones) and kwargs.get("device") is None and args:
+            shape = args if isinstance(args[0], int) else args[0]
+            if math.prod(shape) >= LARGE:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -180,7 +196,7 @@ def build_skeleton(
         del config.quantization_config
     cls = model_class(config)
     build = getattr(cls, "_from_config", None)
-    with _parameters_on_meta(), no_init_weights():
+    with _parameters_on_meta(), _LargeOnMeta(), no_init_weights():
         if build is not None:
             model = build(config, dtype=dtype)
         else:
@@ -193,7 +209,7 @@ def build_skeleton(
 
 def empty_twin(model: Any, config: PretrainedConfig) -> Any:
     """A model of the class of `model` with another configuration, parameters on meta and tied as it says."""
-    with _parameters_on_meta(), no_init_weights():
+    with _parameters_on_meta(), _LargeOnMeta(), no_init_weights():
         twin = type(model)(config)
     twin.tie_weights()
     return twin
@@ -209,21 +225,34 @@ def set_parameter(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
+def transposed_names(model: nn.Module) -> frozenset[str]:
+    """Weights that are `[in, out]` on disk and `[out, in]` in the model: of modules that say `stored_transposed`."""
+    modules = model.named_modules(remove_duplicate=False)
+    return frozenset(f"{path}.weight" for path, module in modules if getattr(module, "stored_transposed", False))
+
+
 def checkpoint_names(model: PreTrainedModel, on_disk: tuple[str, ...]) -> dict[str, str]:
     """Name in the model -> name on disk, for every stored tensor the model has a place for.
 
     transformers renames some checkpoints while loading (a prefix added, a block renamed); its own rules are applied
     here, except those that merge tensors: after `awq_prepare_model` the model has the unmerged ones.
     """
+    names: dict[str, str] = {}
+    state = model.state_dict()
+    for target, name in targets(model, on_disk):
+        if target in state:
+            names.setdefault(target, name)
+    return names
+
+
+def targets(model: PreTrainedModel, on_disk: tuple[str, ...], also: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
+    """(name in the model, name on disk) for every stored tensor, also those the model has no place for. `also`: names
+    that count as the model's."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    state = model.state_dict()
-    names: dict[str, str] = {}
+    state = {**model.state_dict(), **dict.fromkeys(also)}
     for name in on_disk:
         renamed, _ = rename_source_key(name, renamings, [], model.base_model_prefix, state)
-        target = name if name in state and renamed not in state else renamed
-        if target in state:
-            names.setdefault(target, name)
-    return names
+        yield (name if name in state and renamed not in state else renamed), name

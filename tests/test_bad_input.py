@@ -428,7 +428,7 @@ def test_an_empty_section_says_not_quantized(model_folder, quantize):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "hint"), [("falcon", "pip install awq-plugin-falcon"), ("never_heard_of", "write a plugin")]
+    ("model_type", "hint"), [("falcon", "pip install awq-plugin-falcon"), ("never_heard_of", "plugin of your own")]
 )
 def test_a_model_nobody_claims(model_folder, fails, model_type, hint):
     change_config(model_folder, model_type=model_type, architectures=["SomeModel"])
@@ -492,7 +492,7 @@ def manager_of(*architectures):
     ("case", "code", "words"),
     [
         ("truncated", 1, ["model.safetensors", "truncated or corrupt", "try:"]),
-        ("unknown", 3, ["'never_heard_of'", "write a plugin"]),
+        ("unknown", 3, ["'never_heard_of'", "plugin of your own"]),
         ("group size", 2, ["group_size=48"]),
         ("not empty", 1, ["out is not empty", "mine.txt"]),
     ],

@@ -75,6 +75,29 @@ def test_the_model_inside_answers(saved, no_gpu):
         model.no_such_attribute  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    ("gpus", "device_map", "want"),
+    [
+        (0, None, "cpu"),
+        (0, "auto", "cpu"),
+        (1, None, "cuda"),
+        (1, "auto", "cuda"),
+        (2, "auto", "auto"),
+        (2, None, "cuda"),
+        (2, {"": 1}, {"": 1}),
+        (2, "cuda:1", "cuda:1"),
+    ],
+)
+@pytest.mark.parametrize("fuse", [True, False])
+def test_what_load_is_asked(monkeypatch, gpus, device_map, want, fuse):
+    asked = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr("awq_core.compat.load", lambda path, **options: asked.update(options))
+    AutoAWQForCausalLM.from_quantized("DIR", device_map=device_map, fuse_layers=fuse)
+    assert asked["device_map"] == want and asked["fuse"] is fuse and "device" not in asked
+
+
 def test_a_group_size_that_divides_nothing_is_refused(llama_source, corpus):
     """AutoAWQ's default of 128 does not divide a width of 64: nothing would be 4-bit."""
     model = AutoAWQForCausalLM.from_pretrained(llama_source)

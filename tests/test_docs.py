@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from awq_core.cli.app import cli
 from awq_core.hooks.manager import PluginManager
@@ -270,7 +271,7 @@ def test_fused_query_key_value(value_heads):
     config = Phi3Config(**{**TINY, "num_key_value_heads": value_heads})
     manager = alone(example(WRITING, "qkv_proj"))
     proof = prove(config, manager.owner(config), manager)
-    assert proof.proved and proof.groups == (8 if value_heads == 4 else 6)
+    assert proof.proved and proof.groups == 8
 
 
 def test_mixture_of_experts():
@@ -342,17 +343,39 @@ def desk(tmp_path, monkeypatch, corpus) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/quantize.md", "docs/checkpoint.md", "docs/migrate.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "docs/quantize.md",
+        "docs/checkpoint.md",
+        "docs/loading.md",
+        "docs/migrate.md",
+        "docs/export.md",
+        "docs/report.md",
+        "docs/eval.md",
+    ],
+)
 def test_python_examples_run(desk, name):
     import awq_core
 
-    if name == "docs/checkpoint.md":  # it looks into a folder that is there
+    if name in ("docs/checkpoint.md", "docs/loading.md", "docs/export.md"):  # they look into a folder that is there
         awq_core.quantize("MODEL", "DIR", config=awq_core.QuantConfig(scale=False, clip="none"))
     done = [block.text for block in blocks(ROOT / name) if block.language == "python" and not block.title]
     assert done, "the page has no example"
     names: dict[str, object] = {}
     for text in done:
         exec(compile(text, name, "exec"), names)
+
+
+def test_the_exports_shown_are_printed(desk):
+    import awq_core
+
+    awq_core.quantize("MODEL", "DIR", config=awq_core.QuantConfig(scale=False, clip="none"))
+    for block in blocks(DOCS / "export.md"):
+        for line, shown in commands(block.text) if block.language == "console" else ():
+            printed = CliRunner().invoke(cli, shlex.split(line)[1:]).output.splitlines()
+            assert [without_numbers(one) for one in printed] == [without_numbers(one) for one in shown if one], line
 
 
 def test_testing_helpers_run():
@@ -362,13 +385,13 @@ def test_testing_helpers_run():
 
 
 def test_the_plan_shown_is_the_plan(monkeypatch):
-    from click.testing import CliRunner
-
     monkeypatch.chdir(ROOT)
     shown = dict(c for b in blocks(DOCS / "quantize.md") if b.language == "console" for c in commands(b.text))
     (line,) = [line for line in shown if line.startswith("awq plan examples/")]
     result = CliRunner().invoke(cli, shlex.split(line)[1:])
-    assert result.stdout.splitlines() == [text for text in shown[line] if text]
+    here = "\nkernels here, on "  # which kernels those are differs from machine to machine
+    printed, page = result.stdout.partition(here), "\n".join(filter(None, shown[line])).partition(here)
+    assert printed[:2] == page[:2] and page[2]
 
 
 # -- links, commands, imports, tables
@@ -419,7 +442,7 @@ def parse(line: str) -> None:
         context = click.Context(command, info_name=name, parent=context)
     values, _, _ = command.make_parser(context).parse_args(words)
     for param in command.params:
-        if param.name in values and not isinstance(param.type, click.Path):
+        if param.name in values and param.nargs != -1 and not isinstance(param.type, click.Path):
             param.type_cast_value(context, values[param.name])
 
 
@@ -435,8 +458,8 @@ def test_commands_exist(page):
 
 
 def test_every_option_is_described():
-    text = (DOCS / "quantize.md").read_text(encoding="utf-8")
-    for name in ("quantize", "plan", "eval", "compare", "generate"):
+    text = "".join((DOCS / name).read_text(encoding="utf-8") for name in ("quantize.md", "eval.md"))
+    for name in ("quantize", "plan", "eval", "compare", "components", "generate"):
         command = cli.get_command(click.Context(cli), name)
         for param in command.params:
             for option in param.opts if isinstance(param, click.Option) else ():

@@ -21,6 +21,7 @@ from awq_core.quantization import sensitivity
 from awq_core.quantization.engine import BlockDone
 from awq_core.quantization.sensitivity import Sensing
 from awq_core.recipe import RECIPE, read_recipe
+from awq_core.report import RECORD, read_record
 from awq_core.runtime.load import load
 from awq_core.scale_groups import Skip
 from awq_core.testing import save_tiny
@@ -201,7 +202,9 @@ def test_the_recipe_makes_the_same_without_measuring(whole, llama_source, corpus
     config = replace(SETTINGS["config"], modules_to_not_convert=tuple(recipe["keep"]))
     awq_core.quantize(llama_source, tmp_path / "again", calibration=corpus, **{**SETTINGS, "config": config})
     again = contents(tmp_path / "again")
-    assert {name for name, data in contents(out).items() if again[name] != data} == {RECIPE}
+    assert {name for name, data in contents(out).items() if again[name] != data} == {RECIPE, RECORD}
+    assert read_record(out).target == "12 bits"
+    assert replace(read_record(out), target="") == read_record(tmp_path / "again")
 
 
 class Killed(Exception):

@@ -117,6 +117,16 @@ def test_every_linear_has_a_fate(planned, llama_config):
     assert (plan.family, plan.plugin, plan.dist) == ("llama", "llama", "awq-plugin-llama")
 
 
+def test_a_linear_whose_weight_the_model_reads_is_kept(planned, llama_config):
+    manager = plugin(scale_groups=presets.LLAMA_BLOCK, keep=("mlp.down_*", "self_attn.nothing"))
+    plan = planned(llama_config(), manager=manager)
+    for index in range(2):
+        name = f"model.layers.{index}.mlp.down_proj"
+        assert fates(plan)[name] == "the model reads its weight instead of calling it"
+    assert len(quantized(plan)) == 2 * (len(LINEARS) - 1)
+    assert {skip.why for block in plan.blocks for skip in block.skipped} == {"its readers are kept"}
+
+
 def test_multi_head_attention_shares_nothing(planned, llama_config):
     plan = planned(llama_config(num_key_value_heads=4))
     assert ("self_attn.v_proj", ("self_attn.o_proj",)) in [(g.prev, g.layers) for g in plan.blocks[0].groups]

@@ -340,5 +340,5 @@ def test_a_forgotten_reader_is_refused_by_name(source, tmp_path):
 def test_without_the_plugin_it_is_unknown(source, one_line):
     with pytest.raises(UnsupportedModelError) as caught:
         awq_core.plan(source)
-    one_line(caught.value, "'sequoia'", "write a plugin")
+    one_line(caught.value, "'sequoia'", "plugin of your own")
     assert caught.value.exit_code == 3

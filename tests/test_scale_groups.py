@@ -162,6 +162,18 @@ def test_heads_that_do_not_divide_are_skipped(key_value):
     assert f"writes {key_value} channels, its reader takes 32" in skip.why
 
 
+def test_a_norm_that_works_head_by_head_shares_its_scales():
+    block = tree({"norm": nn.LayerNorm(4), "o": linear(32, 32)})
+    block.size = 4
+    (group,), skipped = resolve_groups(block, [ScaleGroup(prev="norm", layers=("o",), head_dim="size")])
+    assert group.shared == SharedHeads(8, 4) and not skipped
+    block.size = 3
+    _, (skip,) = resolve_groups(block, [ScaleGroup(prev="norm", layers=("o",), head_dim="size")])
+    assert "norm has 4 weights" in skip.why and "heads of 3" in skip.why
+    with pytest.raises(PlanError, match=r"norm norm has shape \(4,\)"):
+        resolve_groups(block, [ScaleGroup(prev="norm", layers=("o",))])
+
+
 @pytest.mark.parametrize(("rows", "prev_rows", "folded"), [(96, "last", True), (96, "all", False), (16, "last", False)])
 def test_fused_qkv_gives_its_last_rows(rows, prev_rows, folded):
     block = tree({"qkv": linear(32, rows), "o": linear(32, 32)})
@@ -169,11 +181,64 @@ def test_fused_qkv_gives_its_last_rows(rows, prev_rows, folded):
     assert (len(groups), len(skipped)) == ((1, 0) if folded else (0, 1))
 
 
+@pytest.mark.parametrize(
+    ("rows", "prev_rows", "shared", "sections"),
+    [
+        (96, "last", None, 1),  # 8 query heads of 4, 8 key-value heads
+        (48, "last", SharedHeads(4, 4), 1),  # 2 key-value heads
+        (40, "last", SharedHeads(8, 4), 1),  # 1
+        (96, "heads", None, 8),
+        (48, "heads", SharedHeads(4, 4), 2),
+        (40, "heads", SharedHeads(8, 4), 1),
+        (96, "kv_heads", None, 8),  # keys of 8 channels, values of 4
+        (64, "kv_heads", None, 8),  # of 4 and 4: not 8 query heads and 4 for keys and values
+    ],
+)
+def test_fused_qkv_with_a_head_size_says_where_its_values_are(rows, prev_rows, shared, sections):
+    block = tree({"qkv": linear(32, rows), "o": linear(32, 32)})
+    block.size = 4
+    group = ScaleGroup(prev="qkv", layers=("o",), prev_rows=prev_rows, head_dim="size")
+    (found,), skipped = resolve_groups(block, [group])
+    assert (found.shared, found.sections) == (shared, sections) and not skipped
+
+
+@pytest.mark.parametrize(("rows", "head_dim"), [(96, ""), (33, "size"), (32, "size"), (128, "size"), (44, "size")])
+def test_fused_qkv_that_does_not_fit_is_skipped(rows, head_dim):
+    """No head size; an odd row; no values; more values than are read; 6 values in heads of 4."""
+    block = tree({"qkv": linear(32, rows), "o": linear(32, 32)})
+    block.size = 4
+    group = ScaleGroup(prev="qkv", layers=("o",), prev_rows="heads", head_dim=head_dim)
+    groups, (skip,) = resolve_groups(block, [group])
+    assert not groups and f"writes {rows} channels, its reader takes 32" in skip.why
+
+
+@pytest.mark.parametrize(("rows", "head_dim"), [(96, ""), (68, "size"), (24, "size"), (96, "three")])
+def test_keys_and_values_that_do_not_fit_are_skipped(rows, head_dim):
+    """No head size; no whole number of rows a head; fewer rows than are read; a head that does not divide the width."""
+    block = tree({"kv": linear(32, rows), "o": linear(32, 32)})
+    block.size, block.three = 4, 3
+    groups, (skip,) = resolve_groups(
+        block, [ScaleGroup(prev="kv", layers=("o",), prev_rows="kv_heads", head_dim=head_dim)]
+    )
+    assert not groups and f"writes {rows} channels, its reader takes 32" in skip.why
+
+
 def test_a_norm_without_weight_holds_no_scale():
     block = attention(norm=nn.LayerNorm(32, elementwise_affine=False))
     groups, (skip,) = resolve_groups(block, [QKV])
     assert not groups
     assert skip.layers == QKV.layers and "no weight" in skip.why
+
+
+def test_readers_of_a_residual_have_no_scales_and_one_fate():
+    """Several such groups may stand in one block: they have no common `prev`."""
+    residual = [replace(QKV, prev=""), ScaleGroup(prev="", layers=("attn.o",))]
+    groups, skips = resolve_groups(attention(), residual)
+    assert not groups
+    assert [skip.layers for skip in skips] == [QKV.layers, ("attn.o",)]
+    assert all("could be divided" in skip.why and skip.where.startswith("no scales ->") for skip in skips)
+    with pytest.raises(PlanError, match=r"attn\.v is in two scale groups"):
+        resolve_groups(attention(), [QKV, ScaleGroup(prev="", layers=("attn.v",))])
 
 
 @pytest.mark.parametrize(

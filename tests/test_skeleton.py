@@ -352,3 +352,14 @@ def test_an_auto_module_that_fails_is_the_plugins_fault(tmp_path, monkeypatch, o
     with pytest.raises(PluginError) as caught:
         open_config(tmp_path, in_house(auto_module="awq_test_broken"))
     one_line(caught.value, "RuntimeError: one two")
+
+
+def test_memory_for_large_stacks_is_not_asked_for():
+    """Experts of 30 GB a layer, in one tensor: more than many machines have, and never filled."""
+    from transformers import DeepseekV3Config
+
+    config = DeepseekV3Config(num_hidden_layers=4, first_k_dense_replace=1)
+    skeleton = build_skeleton(config)
+    stack = skeleton.model.layers[3].mlp.experts.gate_up_proj
+    assert stack.shape == (256, 4096, 7168) and stack.device.type == "meta"
+    assert skeleton.model.rotary_emb.inv_freq.device.type == "cpu"

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from awq_core.calibration.batches import CalibrationData, multimodal_batches, text_batches
     from awq_core.calibration.sources import describe_source, read_samples, read_text, standard_library
+    from awq_core.calibration.subsets import Subsets
 
 HOMES = {
     "CalibrationData": "batches",
+    "Subsets": "subsets",
     "multimodal_batches": "batches",
     "text_batches": "batches",
     "describe_source": "sources",
@@ -25,6 +27,7 @@ HOMES = {
 
 __all__ = [
     "CalibrationData",
+    "Subsets",
     "describe_source",
     "multimodal_batches",
     "read_samples",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 
 from awq_core.calibration.formats import Sample, first_line, sample_text, to_sample
 from awq_core.calibration.sources import GIVEN
+from awq_core.calibration.subsets import SUBSET
 from awq_core.errors import CalibrationError, ConfigError
 
 POOL = 4
@@ -38,6 +40,7 @@ class CalibrationData:
         samples: windows of text, or samples with images.
         tokens: tokens in all batches, without padding.
         notes: what the user should know: fewer samples than asked for, chats the template refused, images left out.
+        mixture: (subset, tokens) of what is used, where the source names subsets (The Pile's `meta.pile_set_name`).
     """
 
     batches: tuple[dict[str, torch.Tensor], ...]
@@ -45,6 +48,7 @@ class CalibrationData:
     samples: int
     tokens: int
     notes: tuple[str, ...] = ()
+    mixture: tuple[tuple[str, int], ...] = ()
 
 
 def text_batches(
@@ -82,6 +86,7 @@ def text_batches(
         if value < 1:
             raise ConfigError(f"{name}={value} is not possible", hint="at least 1")
     stream, refusals, pictures = array("q"), list[str](), 0
+    ends: list[tuple[int, str | None]] = []  # where each document ends in the stream, and its subset
     for number, item in enumerate(samples):
         sample = to_sample(item, f"sample {number}")
         pictures += len(sample.get("images", ()))
@@ -93,6 +98,7 @@ def text_batches(
                 hint="use the model's own tokenizer",
             )
         stream.extend(ids)
+        ends.append((len(stream), sample.get(SUBSET)))
         if len(stream) >= POOL * n_samples * seq_len:
             break
     available = min(len(stream) // seq_len, POOL * n_samples)
@@ -116,7 +122,25 @@ def text_batches(
         samples=len(chosen),
         tokens=len(chosen) * seq_len,
         notes=tuple(notes),
+        mixture=_mixture(ends, chosen, seq_len),
     )
+
+
+def _mixture(ends: list[tuple[int, str | None]], windows: list[int], length: int) -> tuple[tuple[str, int], ...]:
+    """Tokens of each subset in the windows; empty where no document names one. `ends` is in order."""
+    if not any(subset for _, subset in ends):
+        return ()
+    counts: Counter[str] = Counter()
+    documents = 0
+    for window in sorted(windows):
+        at, last = window * length, (window + 1) * length
+        while at < last:
+            while ends[documents][0] <= at:
+                documents += 1
+            end, subset = ends[documents]
+            counts[subset or "no subset"] += min(end, last) - at
+            at = min(end, last)
+    return tuple(sorted(counts.items()))
 
 
 def _token_ids(sample: Sample, tokenizer: Any, refusals: list[str]) -> list[int]:

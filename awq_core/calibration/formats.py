@@ -8,6 +8,7 @@ file larger than memory can calibrate a model from its first pages. What a row m
     prompt + completion             -> text, or a chat where both are lists of messages
     input_ids                       -> token ids, without those that attention_mask marks as padding
     image | images                  -> pictures, beside any of these
+    meta.pile_set_name              -> the subset of a mixed corpus, beside any of these (`subsets`)
 
 Every failure names the file and the place in it: the line of a bad JSON object, the byte that is not UTF-8.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from awq_core.calibration.compressed import open_bytes
+from awq_core.calibration.subsets import SUBSET, subset_of
 from awq_core.errors import CalibrationError
 
 Sample = dict[str, Any]
@@ -65,6 +67,8 @@ def to_sample(value: Any, where: str, text_column: str | None = None) -> Sample:
             f"{where} has {missing}; its columns: {', '.join(map(str, value)) or 'none'}",
             hint=f"rename one to 'text', or pass text_column; accepted: {', '.join(TEXT_COLUMNS)}, {' + '.join(PAIR)}",
         )
+    if (subset := subset_of(value)) is not None:
+        sample[SUBSET] = subset
     pictures = _pictures(value)
     return {**sample, "images": pictures} if pictures else sample
 
@@ -201,7 +205,8 @@ def _parquet(path: Path, text_column: str | None) -> Iterator[Sample]:
     with pyarrow.parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
         to_sample(dict.fromkeys(names), str(path), text_column)  # refuses a file without text, listing all its columns
-        known = {text_column, *IMAGE_COLUMNS} if text_column else {*TEXT_COLUMNS, *PAIR, *IMAGE_COLUMNS}
+        known = {text_column} if text_column else {*TEXT_COLUMNS, *PAIR}
+        known |= {*IMAGE_COLUMNS, "meta", SUBSET}
         columns = [name for name in names if name in known]
         number = 0
         for batch in file.iter_batches(batch_size=64, columns=columns):

@@ -14,6 +14,7 @@ from typing import Any
 
 from awq_core.calibration.batches import CalibrationData, multimodal_batches, text_batches
 from awq_core.calibration.sources import describe_source, read_samples
+from awq_core.calibration.subsets import Subsets
 from awq_core.errors import CalibrationError
 
 MakeBatch = Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]
@@ -61,18 +62,20 @@ def prepare(
     seq_len: int,
     seed: int,
     vocab_size: int | None,
+    subsets: Subsets | None = None,
 ) -> CalibrationData:
     """Calibration batches from a source (see `read_samples`), or ready `CalibrationData`, which is passed on.
 
     Args:
         make_batch: (processor, sample) -> model inputs, for samples with images.
+        subsets: read only these subsets, where rows name one.
 
     Raises:
         CalibrationError: the source is empty, too short or unreadable; there is no tokenizer.
     """
     if isinstance(source, CalibrationData):
         return source
-    stream = iter(read_samples(source, shuffle=True, seed=seed))
+    stream = iter(read_samples(source, shuffle=True, seed=seed, subsets=subsets))
     first = next(stream, None)
     description = describe_source(source)
     if first is None:

@@ -4,10 +4,12 @@
     "notes.txt", "a.jsonl"    a file; also .jsonl.zst and .parquet
     "corpus/"                 every text and data file below a folder, by name; hidden and binary files are left out
     "photos/"                 images with captions: metadata.jsonl ({"file_name", "text"}), or cat.jpg beside cat.txt
-    "org/name:config"         a dataset on the Hugging Face hub, streamed; "pileval" is the one the AWQ papers use
+    "org/name:config"         a dataset on the Hugging Face hub, streamed; "pileval" is the one the AWQ papers use,
+                              "wikitext2" and "c4" those that papers measure on
     ["text", ...]             strings, rows, chats or lists of token ids: any iterable, such as a `datasets.Dataset`
 
-A sample is a dictionary: {"text": str}, {"messages": [...]} or {"input_ids": [...]}, with "images" where there are any.
+A sample is a dictionary: {"text": str}, {"messages": [...]} or {"input_ids": [...]}, with "images" where there are any,
+and "pile_set_name" where the row says which subset of a mixed corpus it is of.
 AWQ needs little data (128 windows of 512 tokens), but of the kind the model will meet.
 """
 
@@ -32,6 +34,7 @@ from awq_core.calibration.formats import (
     sample_text,
     to_sample,
 )
+from awq_core.calibration.subsets import SUBSET, Subsets
 from awq_core.errors import CalibrationError
 
 T = TypeVar("T")
@@ -39,7 +42,11 @@ Source: TypeAlias = "str | os.PathLike[str] | Iterable[Any] | None"
 
 STANDARD_LIBRARY = "Python standard library source (built-in default)"
 GIVEN = "samples given by the caller"
-ALIASES = {"pileval": "mit-han-lab/pile-val-backup"}
+ALIASES = {
+    "pileval": "mit-han-lab/pile-val-backup",
+    "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1",
+    "c4": "allenai/c4:en",
+}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 DATA_SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".zst", ".parquet")
 DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -55,6 +62,7 @@ def read_samples(
     text_column: str | None = None,
     shuffle: bool = False,
     seed: int = 0,
+    subsets: Subsets | None = None,
 ) -> Iterator[Sample]:
     """Samples of a source, one at a time; nothing is read ahead.
 
@@ -65,6 +73,7 @@ def read_samples(
         shuffle: visit the files of a folder, or a hub dataset (through a buffer), in an order drawn from `seed`.
             A single file, a list and the default are read in their own order.
         seed: for `shuffle`.
+        subsets: read only these subsets of a corpus whose rows have `meta.pile_set_name`.
 
     Raises:
         CalibrationError: no such source (at once); unreadable, malformed or empty (while reading).
@@ -86,6 +95,8 @@ def read_samples(
     else:
         hint = "a path, a dataset name or a list of texts; of a dictionary of splits, one split"
         raise CalibrationError(f"{type(source).__name__} is no calibration source", hint=hint)
+    if subsets:
+        samples = subsets.select(samples, name)
     return _not_empty(samples, name)
 
 
@@ -155,7 +166,8 @@ def standard_library(exclude: Iterable[str] = ()) -> Iterator[Sample]:
 def _not_empty(samples: Iterator[Sample], name: str) -> Iterator[Sample]:
     found = False
     for sample in samples:
-        found = found or any(bool(value.strip() if isinstance(value, str) else value) for value in sample.values())
+        contents = (value for key, value in sample.items() if key != SUBSET)
+        found = found or any(bool(value.strip() if isinstance(value, str) else value) for value in contents)
         yield sample
     if not found:
         raise CalibrationError(f"{name} holds no text", hint="give a file or folder with text in it")

@@ -15,9 +15,10 @@ memory: a model makes them once a batch, for all of its blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,28 +27,36 @@ from torch import nn
 from awq_core.calibration.offload import Offloaded, OffloadFile, load
 from awq_core.errors import PlanError
 
-HIDDEN = "hidden_states"
+HIDDEN = ("hidden_states", "hidden_state")  # what models call a block's input where they pass it by name
 CACHES = ("past_key_values", "past_key_value", "layer_past")
+MEMBERS = 3  # of the longest tuple that a block is tried with: hidden states, attention, cache
 
 
 @dataclass(slots=True)
 class Call:
-    """Arguments of one block for one batch, without the hidden states; `keyword` says how those are passed."""
+    """Arguments of one block for one batch, without the hidden states; `keyword` is the name those are passed by, if
+    any. `apart` has the original model's version of mappings among them, in which blocks leave keys and values for
+    later ones."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    keyword: bool
+    keyword: str
     between: torch.Tensor | Offloaded | None = None
+    apart: dict[str, Any] = field(default_factory=dict)
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The block's output for `hidden` (`[batch, tokens, hidden]`)."""
         out = self.returned(block, hidden)
         return out[0] if isinstance(out, tuple) else out
 
+    def run_original(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """`run` for the original model's version of the samples."""
+        return replace(self, kwargs={**self.kwargs, **self.apart}).run(block, hidden)
+
     def returned(self, block: nn.Module, hidden: torch.Tensor) -> Any:
         """All that the block returns: its output, or a tuple with that first."""
         if self.keyword:
-            return block(*self.args, **{HIDDEN: hidden}, **self.kwargs)
+            return block(*self.args, **{self.keyword: hidden}, **self.kwargs)
         return block(hidden, *self.args, **self.kwargs)
 
 
@@ -60,7 +69,7 @@ class StackInputs:
         calls: `[block][batch]`.
         masks: per batch, True for tokens that are no padding, or None.
         feeds: whether something reads what the last block gives, which is then kept in `hidden`, for `replay`.
-        tuples: whether the last block returned it in a tuple.
+        members: of the tuple that the last block returned it in; 0 where it was no tuple.
         original: per batch, the input that the original model gives the block that is worked next; empty unless `fork`
             was called.
     """
@@ -69,18 +78,22 @@ class StackInputs:
     calls: list[list[Call]] = field(default_factory=list)
     masks: list[torch.Tensor | None] = field(default_factory=list)
     feeds: bool = False
-    tuples: bool = False
+    members: int = 0
     original: list[torch.Tensor | Offloaded] = field(default_factory=list)
 
     def fork(self) -> None:
         """Keep two versions of the samples from here on: `advance` changes one, `advance_original` the other."""
         self.original = [kept.file.keep(kept.load()) if isinstance(kept, Offloaded) else kept for kept in self.hidden]
+        copies: dict[int, Any] = {}  # one for all blocks that are given the same mapping
+        for call in (call for calls in self.calls for call in calls):
+            shared = {name: value for name, value in call.kwargs.items() if isinstance(value, MutableMapping)}
+            call.apart = {name: copies.setdefault(id(value), copy.copy(value)) for name, value in shared.items()}
 
     def advance_original(self, index: int, block: nn.Module) -> None:
         """Replace the original inputs of block `index` by those of the next; `advance` comes after it."""
         with torch.no_grad():
             for batch, call in enumerate(self.calls[index]):
-                self.keep_original(batch, index, call.run(block, load(self.original[batch])))
+                self.keep_original(batch, index, call.run_original(block, load(self.original[batch])))
 
     def keep_original(self, batch: int, index: int, out: torch.Tensor) -> None:
         """Keep what the original block `index` gives for a batch; after the last block nothing reads it."""
@@ -96,8 +109,8 @@ class StackInputs:
         with torch.no_grad():
             for batch, call in enumerate(calls):
                 out = call.returned(block, load(self.hidden[batch]))
-                self.tuples = isinstance(out, tuple)
-                self._keep(self.hidden, batch, self.following(batch, index, out[0] if self.tuples else out))
+                self.members = members_of(out)
+                self._keep(self.hidden, batch, self.following(batch, index, out[0] if self.members else out))
 
     def following(self, batch: int, index: int, out: torch.Tensor) -> torch.Tensor:
         """The input of the block after `index`, which gave `out`."""
@@ -112,6 +125,16 @@ class StackInputs:
             kept.store(hidden)
         else:
             where[batch] = hidden
+
+
+def members_of(out: Any) -> int:
+    """How many members the tuple has that a block returned; 0 where it is no tuple."""
+    return len(out) if isinstance(out, tuple) else 0
+
+
+def as_returned(hidden: torch.Tensor, count: int) -> Any:
+    """Hidden states as a block returns them: alone, or first in a tuple of `count`, which some models unpack."""
+    return (hidden, *[None] * (count - 1)) if count else hidden
 
 
 class _StackDone(Exception):
@@ -140,10 +163,15 @@ def record(
         PlanError: the model calls its blocks in a way that cannot be followed.
         OutputError: the disk cannot take the inputs.
     """
-    try:
-        return _record(model, blocks, batches, returns_tuple=False, device=device, offload=offload)
-    except _TupleExpected:
-        return _record(model, blocks, batches, returns_tuple=True, device=device, offload=offload)
+    for count in range(MEMBERS):  # what a block returns is not known before it has run
+        try:
+            return _record(model, blocks, batches, members=count, device=device, offload=offload)
+        except _TupleExpected:
+            continue
+        except ValueError as error:
+            if "unpack" not in str(error):
+                raise
+    return _record(model, blocks, batches, members=MEMBERS, device=device, offload=offload)
 
 
 def _record(
@@ -151,7 +179,7 @@ def _record(
     blocks: Sequence[nn.Module],
     batches: Sequence[dict[str, torch.Tensor]],
     *,
-    returns_tuple: bool,
+    members: int,
     device: torch.device | str,
     offload: OffloadFile | None,
 ) -> StackInputs:
@@ -165,13 +193,13 @@ def _record(
 
     def stub(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            keyword = not args
-            if keyword and HIDDEN not in kwargs:
+            keyword = "" if args else next((name for name in HIDDEN if name in kwargs), "")
+            if not args and not keyword:
                 raise PlanError(
                     f"block {index} is called with {', '.join(kwargs) or 'nothing'}, not with its hidden states first",
-                    hint=f"call blocks as block({HIDDEN}, ...) in the model's forward",
+                    hint=f"call blocks as block({HIDDEN[0]}, ...) in the model's forward",
                 )
-            hidden = kwargs.pop(HIDDEN) if keyword else args[0]
+            hidden = kwargs.pop(keyword) if keyword else args[0]
             # Every batch is a fresh prompt; a cache the model made in spite of use_cache=False would grow with each.
             kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
             call = Call(args[1:], kwargs, keyword)
@@ -187,7 +215,7 @@ def _record(
             inputs.calls[index].append(call)
             if index + 1 == len(blocks):
                 raise _StackDone
-            return (hidden,) if returns_tuple else hidden
+            return as_returned(hidden, members)
 
         return forward
 
@@ -232,7 +260,7 @@ def replay(
 
     for batch, kept, mask in zip(batches, inputs.hidden, inputs.masks, strict=True):
         with torch.no_grad(), _replaced_forwards([reader], [stop]), suppress(_StackDone):
-            finish(model, blocks, batch, load(kept), tuples=inputs.tuples, device=device)
+            finish(model, blocks, batch, load(kept), members=inputs.members, device=device)
         if not seen:
             raise PlanError(f"{type(model).__name__} does not call its output head", hint="leave out --lm-head")
         yield seen.pop(), mask
@@ -244,7 +272,7 @@ def finish(
     batch: dict[str, torch.Tensor],
     hidden: torch.Tensor,
     *,
-    tuples: bool,
+    members: int,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """The logits of a batch, `[batch, tokens, vocabulary]`, if the last block of a stack gives `hidden`. Gradients flow
@@ -252,11 +280,11 @@ def finish(
 
     Args:
         blocks: of the stack, all of them; in their place are stubs.
-        tuples: whether the blocks return tuples.
+        members: of the tuple that a block returns, 0 for none.
     """
 
     def stub(*args: Any, **kwargs: Any) -> Any:
-        return (hidden,) if tuples else hidden
+        return as_returned(hidden, members)
 
     batch = {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
     with _replaced_forwards(blocks, [stub for _ in blocks]):

@@ -37,7 +37,10 @@ class Settings:
     Attributes:
         group_size: input channels that share one scale; -1 is the whole row.
         modules_to_not_convert: full prefixes of the linears kept in their own precision.
-        bits, zero_point, version: always 4, True and "gemm"; anything else is refused on reading.
+        bits: always 4.
+        zero_point: False where every zero point is 8, the middle of the codes.
+        version: the layout: "gemm", this format's, or one of `checkpoint.foreign.LAYOUTS`.
+        other_group_sizes: those that some linears have instead, in checkpoints of other tools.
     """
 
     group_size: int
@@ -45,6 +48,7 @@ class Settings:
     bits: int = 4
     zero_point: bool = True
     version: str = "gemm"
+    other_group_sizes: tuple[int, ...] = ()
 
 
 class Packed(Protocol):
@@ -83,7 +87,7 @@ def already_quantized(config: Mapping[str, Any]) -> str | None:
     Args:
         config: the parsed config.json, or an old tool's quant_config.json.
     """
-    section = _section(config)
+    section = quantization_section(config)
     return None if section is None else str(section.get("quant_method") or "an unnamed method")
 
 
@@ -97,7 +101,7 @@ def read_quantization_config(config: Mapping[str, Any]) -> Settings | None:
     Raises:
         CheckpointError: quantized with another method, in another layout, or with settings this format cannot hold.
     """
-    section = _section(config)
+    section = quantization_section(config)
     if section is None:
         return None
     values = {key: next((section[n] for n in names if n in section), None) for key, names in _SPELLINGS.items()}
@@ -113,19 +117,33 @@ def read_quantization_config(config: Mapping[str, Any]) -> Settings | None:
             f"the checkpoint stores its weights in the AWQ layout {layout!r}, only 'gemm' is read",
             hint="quantize the original model again, or get a version 'gemm' checkpoint of it",
         )
-    bits, group_size = values["bits"], values["group_size"]
+    bits, zero_point = values["bits"], section.get("zero_point", True)
     if bits != 4:
         raise CheckpointError(f"quantization_config says bits={bits!r}", hint="only 4-bit AWQ checkpoints are read")
-    if section.get("zero_point", True) is not True:
-        raise CheckpointError("quantization_config says zero_point=false", hint="only zero_point=true is read")
-    if type(group_size) is not int or (group_size != -1 and group_size <= 0):
+    if not isinstance(zero_point, bool):
+        raise CheckpointError(f"quantization_config says zero_point={zero_point!r}", hint="expected true or false")
+    return Settings(
+        group_size=valid_group_size(values["group_size"]),
+        modules_to_not_convert=module_names(section, "modules_to_not_convert"),
+        zero_point=zero_point,
+    )
+
+
+def valid_group_size(value: Any) -> int:
+    """`value`, a positive number or -1. Raises CheckpointError for everything else."""
+    if type(value) is not int or (value != -1 and value <= 0):
         raise CheckpointError(
-            f"quantization_config says group_size={group_size!r}", hint="expected a positive number, or -1 for the row"
+            f"quantization_config says group_size={value!r}", hint="expected a positive number, or -1 for the row"
         )
-    kept = section.get("modules_to_not_convert") or ()
-    if isinstance(kept, str) or not all(isinstance(name, str) for name in kept):
-        raise CheckpointError("quantization_config: modules_to_not_convert is no list of module names")
-    return Settings(group_size=group_size, modules_to_not_convert=tuple(kept))
+    return value
+
+
+def module_names(section: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """The list of module names under `key`; null and nothing are empty. Raises CheckpointError for everything else."""
+    names = section.get(key) or ()
+    if not isinstance(names, Sequence) or isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"quantization_config: {key} is no list of module names")
+    return tuple(names)
 
 
 def expected_tensors(
@@ -192,7 +210,7 @@ def _why(found: tuple[int, ...], in_features: int, out_features: int) -> str:
     return "is config.json, with its group_size, the one these weights were made with?"
 
 
-def _section(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def quantization_section(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The quantization settings inside a configuration, with `quant_method` filled in for the oldest AWQ files."""
     # Models of several parts may keep it in the sub-configuration of the language model.
     for place in (config, *(value for value in config.values() if isinstance(value, Mapping))):

@@ -28,6 +28,7 @@ from awq_core.errors import CheckpointError, NumericsError
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PER_WORD = 8
+_TOGETHER = 1 << 16  # words that a CPU unpacks at a time, so that what lies between stays in its cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +96,11 @@ def unpack(words: torch.Tensor) -> torch.Tensor:
     if words.dim() != 2 or words.dtype != torch.int32:
         raise ValueError(f"expected an int32 matrix, not {words.dtype} of shape {tuple(words.shape)}")
     blocks = torch.empty(*words.shape, PER_WORD, dtype=torch.uint8, device=words.device)
-    for nibble, column in enumerate(ORDER):
-        # The shift repeats the sign bit to the left; the mask drops it.
-        blocks[..., column] = (words >> (4 * nibble)) & 15
+    rows = max(1, _TOGETHER // max(1, words.shape[1]) if words.device.type == "cpu" else words.shape[0])
+    for part, block in zip(words.split(rows), blocks.split(rows), strict=True):
+        for nibble, column in enumerate(ORDER):
+            # The shift repeats the sign bit to the left; the mask drops it.
+            block[..., column] = (part >> (4 * nibble)) & 15
     return blocks.flatten(1)
 
 

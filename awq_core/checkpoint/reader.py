@@ -138,15 +138,40 @@ class CheckpointReader:
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
         self._fill(buffer.numpy().data, entry)
         tensor = buffer.view(self.dtype(name)).reshape(entry.shape)
-        if check_finite and not _all_finite(tensor):
-            raise NumericsError(
-                f"{self.folder / entry.shard}: {name} holds NaN or inf", hint=f"the checkpoint is damaged: {AGAIN}"
-            )
+        if check_finite:
+            self._require_finite(name, tensor)
         if dtype is not None and dtype != tensor.dtype and tensor.is_floating_point():
             tensor = tensor.to(dtype)
             if check_finite and not _all_finite(tensor):
                 raise NumericsError(f"{name} overflows {dtype}", hint="use bfloat16 or float32")
         return tensor.to(device)
+
+    def read_into(self, name: str, out: torch.Tensor, *, check_finite: bool = True) -> torch.Tensor:
+        """Read one tensor into `out`, which has its shape: cast to the dtype of `out` and sent to its device a few rows
+        at a time, so that there is never a second copy of the whole. Returns `out`.
+
+        Raises:
+            CheckpointError, NumericsError: as `tensor`.
+        """
+        entry, stored = self._entry(name), self.dtype(name)
+        if out.device.type == "cpu" and out.dtype == stored and out.is_contiguous():
+            self._fill(out.view(-1).view(torch.uint8).numpy().data, entry)
+            if check_finite:
+                self._require_finite(name, out)
+        elif not entry.shape or not entry.nbytes:
+            out.copy_(self.tensor(name, dtype=out.dtype, check_finite=check_finite))
+        else:
+            step = max(1, _CHUNK * entry.shape[0] // entry.nbytes)
+            for first in range(0, entry.shape[0], step):
+                rows = (first, min(first + step, entry.shape[0]))
+                part = self.tensor(name, dtype=out.dtype, check_finite=check_finite, rows=rows)
+                out[first : rows[1]].copy_(part)
+        return out
+
+    def _require_finite(self, name: str, tensor: torch.Tensor) -> None:
+        if not _all_finite(tensor):
+            where = self.folder / self._entry(name).shard
+            raise NumericsError(f"{where}: {name} holds NaN or inf", hint=f"the checkpoint is damaged: {AGAIN}")
 
     def _entry(self, name: str) -> Entry:
         try:

@@ -25,14 +25,22 @@ INTERRUPTED = 130
 
 # name -> (module, attribute, short help). The help is here so that listing the commands imports none of them.
 COMMANDS: dict[str, tuple[str, str, str]] = {
+    "bench": ("awq_core.cli.bench", "bench", "Measure how fast a model is, and how much memory it takes."),
     "compare": ("awq_core.cli.compare", "compare", "Compare two quantized folders of one model."),
+    "components": ("awq_core.cli.components", "components", "Measure what quantizing each component costs."),
     "demo": ("awq_core.cli.demo", "demo", "Quantize the example model and compare the results."),
     "eval": ("awq_core.cli.eval", "evaluate", "Perplexity of a model, and its distance from the original."),
+    "export": ("awq_core.cli.export", "export", "Write a quantized folder as another tool reads it."),
     "generate": ("awq_core.cli.generate", "generate", "Continue a prompt with a model."),
+    "import": ("awq_core.cli.export", "import_", "Write another toolkit's 4-bit folder as AWQ."),
     "kernels": ("awq_core.cli.kernels", "kernels", "List the int4 kernels and which run here."),
     "plan": ("awq_core.cli.plan", "plan", "Say what quantization would do to every weight."),
     "plugins": ("awq_core.cli.plugins", "plugins", "List, show and check the installed architecture plugins."),
     "quantize": ("awq_core.cli.quantize", "quantize", "Quantize a model folder to 4 bits."),
+    "push": ("awq_core.cli.push", "push", "Send a quantized folder to the Hugging Face hub."),
+    "report": ("awq_core.cli.report", "report", "Write a page about a quantized folder: errors, scales, quality."),
+    "serve": ("awq_core.cli.serve", "serve", "Serve a model over HTTP, through vLLM or transformers."),
+    "tune": ("awq_core.cli.tune", "tune", "Time the Triton kernel's choices on a GPU and keep the best."),
 }
 
 

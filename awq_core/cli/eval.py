@@ -1,4 +1,4 @@
-"""`awq eval`: perplexity on a text and, beside the original, what quantization changed."""
+"""`awq eval`: perplexity on a text, bits per byte, tasks and, beside the original, what quantization changed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from awq_core.cli.eval_options import Request, eval_options
 from awq_core.cli.options import (
     device_option,
     json_option,
@@ -21,15 +22,23 @@ BUILTIN_WINDOWS = 16
 # More characters than any tokenizer puts into a token on average.
 CHARACTERS = 8
 DIVERGENCE_WINDOW = 512
+# Names of data sets that papers measure on -> the source's name and its split.
+MEASURED = {"wikitext2": ("wikitext2", "test"), "c4": ("c4", "validation"), "c4-new": ("c4", "validation")}
 
 
 @dataclass(frozen=True)
 class EvalText:
-    """A text and what to call it."""
+    """A text and what to call it.
+
+    Attributes:
+        windows: most windows to measure; None for all.
+        documents: of C4's protocols, which `text` is the beginning of.
+    """
 
     text: str
     name: str
     windows: int | None
+    documents: tuple[dict[str, Any], ...] = ()
 
 
 @click.command(
@@ -38,97 +47,102 @@ class EvalText:
 Examples:
   awq eval DIR
   awq eval DIR --text notes.txt --against MODEL
-  awq eval DIR --text Salesforce/wikitext:wikitext-2-raw-v1 --split test
+  awq eval DIR --text wikitext2 --against MODEL --cache logits --gate 'kl<0.02'
+  awq eval DIR --text c4
+  awq eval DIR --text notes.txt --stride 512
+  awq eval DIR --text pile.jsonl.zst --bits-per-byte --include ArXiv,Github
+  awq eval DIR --tasks hellaswag,arc_easy --few-shot 0
+  awq eval DIR --tasks metrics.py:accuracy --gate 'accuracy.right>=0.7'
 \b
-The last is WikiText-2 perplexity by the protocol of the GPTQ and AWQ papers.
-Without --text: source of the Python standard library, 16 windows unless
+wikitext2 and c4 are fetched from the hub, by the protocols of the GPTQ and AWQ
+papers. Without --text: source of the Python standard library, 16 windows unless
 --max-windows is given; good for comparing a model with its original.
 """,
 )
 @click.argument("model", metavar="DIR")
 @text_option
 @split_option
-@click.option("--against", metavar="ORIGINAL", help="The unquantized model: folder or hub name.")
-@click.option(
-    "--window",
-    type=click.IntRange(min=2),
-    metavar="N",
-    help="Tokens a window.  [default: 2048, or the model's context; 512 for the divergence]",
-)
-@click.option(
-    "--max-windows", type=click.IntRange(min=1), metavar="N", help="Stop after so many windows.  [default: all]"
-)
+@eval_options
 @device_option
 @plugin_option
 @trust_option
 @json_option
 def evaluate(
-    model: str,
-    source: str | None,
-    split: str | None,
-    against: str | None,
-    window: int | None,
-    max_windows: int | None,
-    device: str,
-    plugin: str | None,
-    trust_remote_code: bool,
-    as_json: bool,
+    model: str, device: str, plugin: str | None, trust_remote_code: bool, as_json: bool, **options: Any
 ) -> None:
-    """Perplexity of the model in DIR, quantized or not; with --against, its distance from the original."""
+    """Measure the model in DIR, quantized or not; with --against, its distance from the original."""
+    request = Request(**options)
+    request.check()
     from awq_core.cli import models
-    from awq_core.cli.progress import measuring
-    from awq_core.evaluation import divergence, perplexity
+    from awq_core.cli.eval_run import Session, check_gates, gates_of, measure_bytes, measure_tasks, measure_text
+    from awq_core.cli.eval_show import tell
 
-    given = eval_text(source, split, window, max_windows)
-    note(f"text: {given.name}")
+    gates = gates_of(request)
+    given = None
+    if request.wants_text:
+        given = eval_text(
+            request.source, request.split, request.window, request.max_windows, c4=request.method in ("c4", "c4-new")
+        )
+        note(f"text: {given.name}")
     tokenizer = models.open_tokenizer(model, trust_remote_code=trust_remote_code)
-    candidate = models.open_model(model, device=device, plugin=plugin, trust_remote_code=trust_remote_code)
-
-    def measure(network: Any, name: str) -> Any:
-        with measuring(f"perplexity of {name}", as_json) as progress:
-            return perplexity(
-                network, tokenizer, given.text, window=window, max_windows=given.windows, progress=progress
-            )
-
-    mine = measure(candidate, model)
-    result: dict[str, Any] = {"model": model, "text": given.name, "perplexity": mine.to_dict(), "against": None}
-    if against is not None:
-        reference = models.open_model(against, device=device, plugin=plugin, trust_remote_code=trust_remote_code)
-        theirs = measure(reference, against)
-        length = window or min(DIVERGENCE_WINDOW, mine.window)
-        limit = None if given.windows is None else given.windows * max(1, mine.window // length)
-        with measuring("divergence", as_json) as progress:
-            apart = divergence(
-                reference, candidate, tokenizer, given.text, window=length, max_windows=limit, progress=progress
-            )
-        result["against"] = {
-            "model": against,
-            "perplexity": theirs.to_dict(),
-            "difference": mine.perplexity - theirs.perplexity,
-            "divergence": apart.to_dict(),
-        }
+    session = Session(model, tokenizer, request, device, plugin, trust_remote_code, as_json)
+    result: dict[str, Any] = {"model": model, "text": given.name if given else None}
+    result |= {"perplexity": None, "against": None}
+    measured: dict[str, float] = {}
+    for part in (
+        measure_text(session, given) if given else None,
+        measure_bytes(session) if request.bits_per_byte else None,
+        measure_tasks(session) if request.tasks else None,
+    ):
+        if part is not None:
+            result |= part.values
+            measured |= part.metrics
+    results = check_gates(gates, measured)
+    if results:
+        result["gates"] = [one.to_dict() for one in results]
     if as_json:
         print_json(result)
     else:
         tell(result)
+    from awq_core.evaluation.gates import require
+
+    require(results)
 
 
-def eval_text(source: str | None, split: str | None, window: int | None, max_windows: int | None) -> EvalText:
+def eval_text(
+    source: str | None, split: str | None, window: int | None, max_windows: int | None, *, c4: bool = False
+) -> EvalText:
     """The text to measure on; without a source, standard-library modules that calibration's default reads last.
+
+    Args:
+        c4: keep the documents apart, and join the first of them by spaces, as C4's protocols do.
 
     Raises:
         CalibrationError: the source cannot be read.
-        click.UsageError: a split of what has none.
+        click.UsageError: a split of what has none; a protocol for documents, and none given.
     """
-    from awq_core.calibration import describe_source, read_text, standard_library
+    from itertools import islice
+
+    from awq_core.calibration import describe_source, read_samples, read_text, standard_library
+    from awq_core.calibration.formats import sample_text
     from awq_core.calibration.sources import local_path
+    from awq_core.evaluation.c4 import DOCUMENTS, NEW_DOCUMENTS
     from awq_core.evaluation.perplexity import STANDARD_WINDOW
 
-    if split is not None and (source is None or local_path(source) is not None):
+    if source in MEASURED and local_path(source) is None:
+        source, usual = MEASURED[source]
+        split = split or usual
+    elif split is not None and (source is None or local_path(source) is not None):
         raise click.UsageError("--split is for hub datasets")
     if source is not None:
         name = describe_source(source) + (f", split {split}" if split else "")
-        return EvalText(read_text(source, split=split), name, max_windows)
+        if not c4:
+            return EvalText(read_text(source, split=split), name, max_windows)
+        documents = tuple(islice(read_samples(source, split=split), DOCUMENTS))
+        text = " ".join(sample_text(one) for one in documents[:NEW_DOCUMENTS])
+        return EvalText(text, name, max_windows, documents)
+    if c4:
+        raise click.UsageError("--protocol c4 and c4-new need --text")
     windows = max_windows or BUILTIN_WINDOWS
     enough = windows * (window or STANDARD_WINDOW) * CHARACTERS
     pieces: list[str] = []
@@ -138,19 +152,3 @@ def eval_text(source: str | None, split: str | None, window: int | None, max_win
         pieces.append(sample["text"])
     name = "Python standard library source (built-in default), the modules that calibration reads last"
     return EvalText("\n\n".join(pieces), name, windows)
-
-
-def tell(result: dict[str, Any]) -> None:
-    """The result for the eye."""
-    mine, against = result["perplexity"], result["against"]
-    click.echo(f"perplexity   {mine['perplexity']:.4f}")
-    if against:
-        theirs, apart = against["perplexity"]["perplexity"], against["divergence"]
-        error = "" if apart["kl_stderr"] is None else f" ± {apart['kl_stderr']:.5f}"
-        click.echo(f"original     {theirs:.4f}")
-        click.echo(f"difference   {against['difference']:+.4f} ({mine['perplexity'] / theirs - 1:+.2%})")
-        click.echo(f"KL           {apart['kl_mean']:.5f}{error} nats a token, median {apart['kl_median']:.5f}")
-        click.echo(f"agreement    {apart['top1_agreement']:.2%} of likeliest tokens are the same")
-    click.echo(f"protocol     {mine['protocol']}; {mine['tokens']} tokens predicted")
-    if against:
-        click.echo(f"             KL and agreement: {apart['windows']} windows of {apart['window']} tokens")

@@ -18,6 +18,7 @@ Examples:
   awq generate DIR --prompt "def read_json(path):"
   awq generate DIR --prompt "Name three rivers." --max-new-tokens 64 --temperature 0.7
   awq generate DIR --prompt "What is in the picture?" --image photo.jpg
+  awq generate DIR --prompt "Name three rivers." --fuse
 \b
 Where the tokenizer has a chat template the prompt is a message of the user;
 --raw switches that off. Text is on stdout, the speed on stderr.
@@ -30,6 +31,7 @@ Where the tokenizer has a chat template the prompt is a message of the user;
 @click.option("--seed", type=int, default=0, help="For temperatures above 0.")
 @click.option("--raw", is_flag=True, help="No chat template.")
 @click.option("--image", type=click.Path(exists=True, dir_okay=False), help="A picture, for vision-language models.")
+@click.option("--fuse", is_flag=True, help="Merge linears and replace what the model's plugin declares: faster.")
 @device_option
 @plugin_option
 @trust_option
@@ -42,6 +44,7 @@ def generate(
     seed: int,
     raw: bool,
     image: str | None,
+    fuse: bool,
     device: str,
     plugin: str | None,
     trust_remote_code: bool,
@@ -56,7 +59,7 @@ def generate(
     else:
         opened = models.open_processor(model, trust_remote_code=trust_remote_code)
         tokenizer = opened.tokenizer
-    network = models.open_model(model, device=device, plugin=plugin, trust_remote_code=trust_remote_code)
+    network = models.open_model(model, device=device, plugin=plugin, trust_remote_code=trust_remote_code, fuse=fuse)
     chat = not raw and bool(getattr(opened, "chat_template", None))
     inputs = image_inputs(opened, prompt, image, chat) if image else text_inputs(opened, prompt, chat)
     prompt_tokens = inputs["input_ids"].shape[1]

@@ -28,7 +28,9 @@ def pick_device(device: str) -> str:
     return device
 
 
-def open_model(model: str, *, device: str, plugin: str | None = None, trust_remote_code: bool = False) -> Any:
+def open_model(
+    model: str, *, device: str, plugin: str | None = None, trust_remote_code: bool = False, fuse: bool = False
+) -> Any:
     """A quantized or an ordinary model, ready to run; `device` as the user wrote it.
 
     Raises:
@@ -36,7 +38,8 @@ def open_model(model: str, *, device: str, plugin: str | None = None, trust_remo
     """
     import awq_core
 
-    return awq_core.load(model, device=pick_device(device), plugin=plugin, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"plugin": plugin, "trust_remote_code": trust_remote_code, "fuse": fuse}
+    return awq_core.load(model, device=pick_device(device), **options)
 
 
 def open_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any:

@@ -7,12 +7,16 @@ from typing import Any
 
 import click
 
-from awq_core.config import CLIPS, COMPONENT_CHOICES, GROUP_SIZES, ROUNDINGS, QuantConfig
+from awq_core.config import CLIPS, COMPONENT_CHOICES, GROUP_SIZES, ROUNDINGS, QuantConfig, check_component
+from awq_core.errors import ConfigError
 
 Decorator = Callable[[Any], Any]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print data on stdout instead of text.")
 plugin_option = click.option("--plugin", metavar="NAME", help="The plugin to use where two claim the model.")
+infer_option = click.option(
+    "--infer", is_flag=True, help="Where no plugin claims MODEL: infer its scale groups, and use them if proved."
+)
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Run the Python code that the model folder brings."
 )
@@ -37,9 +41,13 @@ class Components(click.ParamType):
         if isinstance(value, tuple):
             return value
         name, equals, choice = str(value).partition("=")
-        if not name or not equals or choice not in COMPONENT_CHOICES:
+        if not name or not equals or not choice:
             choices = " or ".join(f"{name or 'vision'}={one}" for one in COMPONENT_CHOICES)
             self.fail(f"{value!r} is not NAME=CHOICE, such as {choices}", param, ctx)
+        try:
+            check_component(name, choice)
+        except ConfigError as error:
+            self.fail(f"{error.message}; {error.hint}", param, ctx)
         return name, choice
 
 
@@ -105,13 +113,25 @@ _WEIGHTS: tuple[Decorator, ...] = (
         default=0,
         help="Of --lm-head: work it in about N row chunks; 0 goes by its size.",
     ),
-    click.option("--samples", type=click.IntRange(min=1), metavar="N", default=128, help="Calibration samples."),
+)
+samples_option = click.option(
+    "--samples", type=click.IntRange(min=1), metavar="N", default=128, help="Calibration samples."
+)
+_CALIBRATION: tuple[Decorator, ...] = (
+    samples_option,
     click.option("--seq-len", type=click.IntRange(min=1), metavar="N", default=512, help="Tokens in each sample."),
 )
 
 
 def weight_options(command: Any) -> Any:
-    """What to do with the weights; `make_config` takes them, but for `samples` and `seq_len`."""
+    """What to do with the weights, and how much to calibrate on; `make_config` takes all but `samples`, `seq_len`."""
+    for option in reversed(_CALIBRATION):
+        command = option(command)
+    return config_options(command)
+
+
+def config_options(command: Any) -> Any:
+    """What to do with the weights; `make_config` takes them."""
     for option in reversed(_WEIGHTS):
         command = option(command)
     return command

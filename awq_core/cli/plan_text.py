@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from awq_core.cli.collapse import collapse, ranges
 from awq_core.cli.output import plural
 from awq_core.plan_types import BlockPlan, LinearPlan, Plan
 from awq_core.sizes import size_text
+
+if TYPE_CHECKING:
+    from awq_core.kernels.survey import Runner
 
 
 def describe(plan: Plan) -> Iterator[str]:
@@ -24,6 +27,16 @@ def describe(plan: Plan) -> Iterator[str]:
     yield from _groups(plan)
     yield from _head(plan)
     yield from _kept(plan)
+
+
+def kernel_lines(device: str, dtype: str, kernels: Sequence[Runner]) -> Iterator[str]:
+    """What will run the result on this machine, and why nothing better does."""
+    if not kernels:
+        return
+    yield f"kernels here, on {device} in {dtype}"
+    for one in kernels:
+        yield f"  {one.name or 'none'}: {plural(one.linears, 'linear')}{f' ({one.why})' if one.why else ''}"
+        yield from (f"    not {name}: {why}" for name, why in one.passed_over.items())
 
 
 def method(plan: Plan) -> str:
@@ -71,7 +84,7 @@ def _groups(plan: Plan) -> Iterator[str]:
         lines = []
         for group in block.groups:
             extra = f"  [compensated: {', '.join(collapse(group.compensate))}]" if group.compensate else ""
-            extra += f"  [{group.shared.repeats} query heads share each scale]" if group.shared else ""
+            extra += f"  [{group.shared.repeats} heads share each scale]" if group.shared else ""
             lines.append(f"{group.prev} -> {', '.join(collapse(group.layers))}{extra}")
         yield from (f"    {line}" for line in collapse(lines, linked=True))
         alone = [name for name in (_local(linear, block) for linear in block.quantized) if name not in grouped]

@@ -13,12 +13,15 @@ from dataclasses import asdict
 
 import click
 
+from awq_core.cli.check_plugin import check_command
+from awq_core.cli.directory import directory_command
+from awq_core.cli.new_plugin import new_command
 from awq_core.cli.output import print_json
 from awq_core.errors import PluginConflictError, PluginError
 from awq_core.hooks import claims, defaults
 from awq_core.hooks.loading import PluginInfo
 from awq_core.hooks.manager import Owner, PluginManager, default_manager
-from awq_core.hooks.types import ComponentPolicy, LayerStack, ScaleGroup
+from awq_core.hooks.types import ComponentPolicy, FusedBlock, LayerStack, ScaleGroup
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print data on stdout instead of text.")
 
@@ -29,10 +32,18 @@ Examples:
   awq plugins list
   awq plugins show FAMILY
   awq plugins doctor --json
+  awq plugins check FAMILY
+  awq plugins directory
+  awq plugins new FAMILY --from-model MODEL
 """
 )
 def plugins() -> None:
-    """List, show and check the installed architecture plugins."""
+    """List, show and check the installed architecture plugins, or begin a new one."""
+
+
+plugins.add_command(check_command)
+plugins.add_command(directory_command)
+plugins.add_command(new_command)
 
 
 @plugins.command("list", epilog="\b\nExamples:\n  awq plugins list\n  awq plugins list --json > plugins.json\n")
@@ -152,11 +163,11 @@ def _architecture(owner: Owner, hooks: Sequence[str]) -> Iterable[str]:
     yield from _section("stacks", map(_stack, arch.stacks), hooks, "awq_layer_stacks")
     yield from _section("scale groups", map(_group, arch.scale_groups), hooks, "awq_scale_groups")
     yield from _section("no group", arch.exempt)
+    yield from _section("kept", arch.keep)
     yield from _section(
         "components", map(_policy, defaults.awq_component_policies(arch)), hooks, "awq_component_policies"
     )
-    fused = [f"{one.match} <- {', '.join(one.parts)} by {one.factory}" for one in arch.fused]
-    yield from _section("fused", fused, hooks, "awq_fused_blocks")
+    yield from _section("fused", map(_fused, arch.fused), hooks, "awq_fused_blocks")
 
 
 def _section(title: str, lines: Iterable[str], hooks: Sequence[str] = (), hook: str = "") -> Iterable[str]:
@@ -175,17 +186,25 @@ def _stack(stack: LayerStack) -> str:
     return f"{stack.component}: {stack.blocks}{prelude}{borrowed}"
 
 
+def _fused(fused: FusedBlock) -> str:
+    parts = f" <- {', '.join(fused.parts)}" if fused.parts else ""
+    name = f"{fused.name}: " if fused.name else ""
+    lowest = f"; compute capability {fused.min_capability}" if fused.min_capability else ""
+    return f"{name}{fused.match or 'block'}{parts} by {fused.factory}{lowest}"
+
+
 def _group(group: ScaleGroup) -> str:
     notes = (
         group.no_clip and f"not clipped: {', '.join(group.no_clip)}",
         group.compensate and f"compensated: {', '.join(group.compensate)}",
         group.observe and f"input of {group.observe}",
         group.norm_offset and f"weight + {group.norm_offset:g}",
-        group.prev_rows == "last" and "last rows",
+        {"all": "", "last": "last rows"}.get(group.prev_rows, "last rows of each head"),
+        group.degree != 1 and f"root {group.degree}",
         group.optional and "optional",
     )
     note = "; ".join(str(one) for one in notes if one)
-    return f"{group.prev} -> {', '.join(group.layers)}{f'  [{note}]' if note else ''}"
+    return f"{group.prev or 'no scales'} -> {', '.join(group.layers)}{f'  [{note}]' if note else ''}"
 
 
 def _policy(policy: ComponentPolicy) -> str:

@@ -6,6 +6,7 @@ Bars and lines go to stderr, JSON to stdout.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
     Event = Phase | BlockDone | Sensing | Allocation
     Events = Callable[[Event], None]
-    Windows = Callable[[int, int], None]
+    Windows = Callable[[int, int | None], None]
+    Runs = Callable[[int, int, float | None], None]
 
 
 def watched() -> bool:
@@ -176,3 +178,38 @@ def measuring(label: str, as_json: bool) -> Iterator[Windows | None]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(label, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def running(label: str, as_json: bool) -> Iterator[Runs | None]:
+    """A receiver for (runs done, runs in all, seconds left or None): a bar, in a log a line every ten seconds."""
+    if as_json:
+        yield None
+    elif watched():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(label, total=None, left="")
+            yield lambda done, total, left: progress.update(task, completed=done, total=total, left=left_text(left))
+    else:
+        said = time.monotonic()
+
+        def receive(done: int, total: int, left: float | None) -> None:
+            nonlocal said
+            if time.monotonic() - said >= 10:
+                said = time.monotonic()
+                note(f"{label} {done}/{total}  {left_text(left)}")
+
+        yield receive
+
+
+def left_text(left: float | None) -> str:
+    """ "12 s left"; "warming up" where nobody can know yet."""
+    return "warming up" if left is None else f"{duration(max(0.0, left))} left"

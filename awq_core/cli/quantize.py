@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from awq_core.cli.options import (
-    device_option,
+    infer_option,
     json_option,
     make_config,
     plugin_option,
@@ -20,6 +20,7 @@ from awq_core.cli.recipe import recipe_option
 
 if TYPE_CHECKING:
     from awq_core.api import QuantizeResult
+    from awq_core.calibration import CalibrationData
 
 
 @click.command(
@@ -27,9 +28,12 @@ if TYPE_CHECKING:
 Examples:
   awq quantize MODEL --out DIR
   awq quantize MODEL --out DIR --calib corpus.jsonl --samples 256
+  awq quantize MODEL --out DIR --calib pile.jsonl.zst --calib-subsets ArXiv,Github
   awq quantize MODEL --out DIR --group-size 32 --component vision=keep
   awq quantize MODEL --out DIR --target-bits 4.6
+  awq quantize MODEL --out DIR --engine ray --address auto
   awq quantize --recipe recipe.yaml --out DIR
+  awq quantize MODEL --out DIR --infer
   awq quantize MODEL --out DIR --group-size 64 --reuse EARLIER
   awq quantize MODEL --out DIR --rounding nearest --no-scale
 \b
@@ -48,10 +52,24 @@ With --json, stdout has one JSON object a line: phases, blocks, then the result.
     help="Text to calibrate on: a file, a folder of texts or captioned images, a hub dataset.  "
     "[default: the Python standard library's source]",
 )
+@click.option(
+    "--calib-subsets", metavar="A,B", help="Of a corpus whose rows have meta.pile_set_name: only these, ArXiv,Github."
+)
+@click.option("--calib-exclude", metavar="A,B", help="All subsets but these.")
 @recipe_option
 @weight_options
 @plugin_option
-@device_option
+@infer_option
+@click.option(
+    "--device",
+    default="auto",
+    metavar="DEVICE",
+    help="cpu, cuda, cuda:1; cuda:0,cuda:1 shares the searches out; auto is CUDA where there is one.",
+)
+@click.option(
+    "--engine", default="local", metavar="NAME", help="local, or ray: the searches are tasks on a Ray cluster."
+)
+@click.option("--address", metavar="ADDRESS", help="Of --engine ray: auto, host:port.  [default: one on this machine]")
 @click.option("--dtype", default="auto", help="Of activations while calibrating: float32, bfloat16.")
 @click.option("--seed", type=int, default=0, help="Draws the calibration samples.")
 @click.option("--offload", metavar="DIR", help="Keep the activations between blocks on DIR's disk, not in memory.")
@@ -76,10 +94,15 @@ def quantize(
     out: str,
     recipe: str | None,
     calib: str | None,
+    calib_subsets: str | None,
+    calib_exclude: str | None,
     samples: int,
     seq_len: int,
     plugin: str | None,
+    infer: bool,
     device: str,
+    engine: str,
+    address: str | None,
     dtype: str,
     seed: int,
     offload: str | None,
@@ -96,11 +119,24 @@ def quantize(
     config = make_config(**weights, seed=seed)
     if calib is not None and not config.needs_calibration and target_bits is None and target_size is None:
         note("round-to-nearest needs no calibration: --calib is not read")
+    if calib is None and (calib_subsets or calib_exclude):
+        raise click.UsageError("--calib-subsets and --calib-exclude choose from --calib, which is missing")
     if layers_per_batch is not None:
         note("--layers-per-batch is not needed: one block at a time is in memory, however many layers there are")
     import awq_core
+    from awq_core.calibration import Subsets
+    from awq_core.cli.inferring import manager_for
+    from awq_core.cli.plan_text import describe
     from awq_core.cli.progress import quantizing
+    from awq_core.cli.report import report_of_run
 
+    manager = manager_for(model, infer=infer, plugin=plugin, trust_remote_code=trust_remote_code)
+    if manager is not None:
+        planned = awq_core.plan(
+            model, config=config, samples=samples, seq_len=seq_len, trust_remote_code=trust_remote_code, manager=manager
+        )
+        for line in describe(planned):
+            note(line)
     with quantizing(as_json) as progress:
         result = awq_core.quantize(
             model,
@@ -109,8 +145,11 @@ def quantize(
             calibration=calib,
             samples=samples,
             seq_len=seq_len,
+            subsets=Subsets.parse(calib_subsets, calib_exclude),
             plugin=plugin,
             device=device,
+            engine=engine,
+            address=address,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             restart=restart,
@@ -118,14 +157,18 @@ def quantize(
             reuse=reuse,
             target_bits=target_bits,
             target_size=target_size,
+            manager=manager,
             progress=progress,
         )
     for text in result.calibration.notes if result.calibration else ():
         note(f"note: {text}")
+    page = report_of_run(Path(result.out), result.cost)
     if as_json:
-        print_json_line({"event": "done", **summary(result)})
+        print_json_line({"event": "done", **summary(result), "page": page})
         return
     tell(result)
+    if page is not None:
+        note(f"report: {page}")
     note(f"next: {command_line('awq', 'generate', out, '--prompt', 'Once upon a time')}")
     note(f"      {command_line('awq', 'eval', out, '--against', model)}")
 
@@ -144,7 +187,7 @@ def summary(result: QuantizeResult) -> dict[str, Any]:
         "kept": sum(not linear.quantize for linear in plan.linears),
         "coverage": round(plan.coverage, 4),
         "proof_error": result.proof.error,
-        "calibration": {"source": data.source, "samples": data.samples, "tokens": data.tokens} if data else None,
+        "calibration": _calibration(data) if data else None,
         "loss_rtn": total_loss(result, "loss_rtn"),
         "loss": total_loss(result, "loss"),
         "routed_tokens": routed_tokens(result),
@@ -153,6 +196,11 @@ def summary(result: QuantizeResult) -> dict[str, Any]:
         "bits": round(result.allocation.bits, 4) if result.allocation else None,
         "seconds": round(result.seconds, 2),
     }
+
+
+def _calibration(data: CalibrationData) -> dict[str, Any]:
+    mixture = {"mixture": dict(data.mixture)} if data.mixture else {}
+    return {"source": data.source, "samples": data.samples, "tokens": data.tokens, **mixture}
 
 
 def total_loss(result: QuantizeResult, field: str) -> float | None:

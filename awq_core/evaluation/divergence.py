@@ -7,18 +7,22 @@ With p and q the two models' next-token distributions after the same tokens,
 Perplexity compares two sums in which errors of opposite sign cancel; a divergence has no such cancellation and needs no
 labels, so it tells close models apart on far less text. Its mean is dominated by few positions, hence the median and
 the 99.9th percentile beside it. Agreement asks what greedy decoding would notice: is the likeliest token the same?
+Intervals are 95 % ones, over windows (`awq_core.evaluation.intervals`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from awq_core.errors import ConfigError, NumericsError
+from awq_core.evaluation.intervals import Interval, bootstrap, p999, quantile
 from awq_core.evaluation.perplexity import CHUNK, Progress, Text, evaluating, fitting_window, logits_of, token_windows
+from awq_core.evaluation.reference import ReferenceLogits
 
 TOP = 5
 
@@ -37,6 +41,7 @@ class DivergenceResult:
         tokens: positions compared: windows · window.
         windows: how many.
         window: tokens each.
+        intervals: 95 % interval of kl_mean, kl_p999, top1_agreement and top5_agreement; empty with one window.
     """
 
     kl_mean: float
@@ -48,13 +53,12 @@ class DivergenceResult:
     tokens: int
     windows: int
     window: int
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON: NaN, which JSON does not have, becomes None."""
-        return {
-            key: None if isinstance(value, float) and math.isnan(value) else value
-            for key, value in asdict(self).items()
-        }
+        values = asdict(self) | {"intervals": {name: list(ends) for name, ends in self.intervals.items()}}
+        return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
 
 
 def divergence(
@@ -70,7 +74,8 @@ def divergence(
     """KL divergence and agreement of `candidate` with `reference`.
 
     Args:
-        reference: the original model; called with `input_ids` `[1, window]`, as is the candidate.
+        reference: the original model; called with `input_ids` `[1, window]`, as is the candidate. Or
+            `ReferenceLogits`, its logits on disk.
         candidate: the quantized model; it may be on another device.
         tokenizer: the one of both.
         text: the text itself, or a calibration source, as in `perplexity`.
@@ -83,13 +88,16 @@ def divergence(
         ConfigError: the models' vocabularies differ; an impossible window or max_windows.
         NumericsError: NaN or inf in the divergence.
     """
-    windows = token_windows(
-        tokenizer, text, window=fitting_window(window, reference, candidate), max_windows=max_windows
-    )
+    kept = reference if isinstance(reference, ReferenceLogits) else None
+    models = (candidate,) if kept else (reference, candidate)
+    windows = token_windows(tokenizer, text, window=fitting_window(window, *models), max_windows=max_windows)
+    if kept:
+        kept.begin(windows)
     rows = []
-    with evaluating(reference, candidate):
+    with evaluating(*models):
         for number, ids in enumerate(windows):
-            rows.append(compare_logits(logits_of(reference, ids), logits_of(candidate, ids)))
+            right = kept.logits(number, ids, len(windows)) if kept else logits_of(reference, ids)
+            rows.append(compare_logits(right, logits_of(candidate, ids)))
             if not bool(rows[-1].isfinite().all()):
                 raise NumericsError(f"the divergence in window {number} is not finite", hint="try bfloat16 or float32")
             if progress:
@@ -97,16 +105,23 @@ def divergence(
     kl, top1, top5 = torch.stack(rows, dim=1)  # each [windows, window]
     count, length = kl.shape
     spread = float(kl.mean(1).std()) if count > 1 else math.nan
+    found = {
+        "kl_mean": bootstrap(kl.mean(1)),
+        "kl_p999": bootstrap(kl, p999),
+        "top1_agreement": bootstrap(top1.mean(1)),
+        "top5_agreement": bootstrap(top5.mean(1)),
+    }
     return DivergenceResult(
         kl_mean=float(kl.mean()),
         kl_stderr=spread / math.sqrt(count),
-        kl_median=float(kl.flatten().quantile(0.5)),
-        kl_p999=float(kl.flatten().quantile(0.999)),
+        kl_median=float(quantile(kl, 0.5)),
+        kl_p999=float(quantile(kl, 0.999)),
         top1_agreement=float(top1.mean()),
         top5_agreement=float(top5.mean()),
         tokens=count * length,
         windows=count,
         window=length,
+        intervals={name: ends for name, ends in found.items() if ends},
     )
 
 

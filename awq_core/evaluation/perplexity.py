@@ -6,7 +6,8 @@ that do not overlap; the tail is dropped. With p the model's probability of a to
     nll = (1/n) Σ_windows (1/(L-1)) Σ_{t=2..L} -log p(x_t | x_1 .. x_{t-1}),        perplexity = exp(nll)
 
 L is 2048, or the model's context where that is shorter. WikiText-2's number is `perplexity(model, tokenizer,
-read_text("Salesforce/wikitext:wikitext-2-raw-v1", split="test"))`: empty rows are kept, as in the papers.
+read_text("wikitext2", split="test"))`: empty rows are kept, as in the papers. C4's needs windows of another kind
+(`awq_core.evaluation.c4`); a sliding window answers another question (`awq_core.evaluation.sliding`).
 
 Logits stay in the model's dtype; they are taken to fp32 a few hundred positions at a time, since fp32 logits of a
 window of 2048 and a vocabulary of 150,000 would be more than a gigabyte.
@@ -87,6 +88,21 @@ def perplexity(
     """
     limit = fitting_window(STANDARD_WINDOW if window is None else window, model)
     windows = token_windows(tokenizer, text, window=limit, max_windows=max_windows)
+    count, length = windows.shape
+    part_of = "the first " if max_windows is not None and count == max_windows else ""
+    protocol = f"{part_of}{count} non-overlapping windows of {length} tokens, mean over windows, tail dropped"
+    if length < limit:
+        protocol = f"one window of {length} tokens, the whole text"
+    return windows_perplexity(model, windows, protocol, progress)
+
+
+def windows_perplexity(
+    model: Any, windows: torch.Tensor, protocol: str, progress: Progress | None = None
+) -> PerplexityResult:
+    """Perplexity over ready windows `[windows, window]` of token ids, each of which counts the same.
+
+    Raises: NumericsError, as `perplexity`.
+    """
     total = 0.0
     with evaluating(model):
         for number, ids in enumerate(windows):
@@ -98,25 +114,29 @@ def perplexity(
                 progress(number + 1, len(windows))
     count, length = windows.shape
     nll = total / count
+    return PerplexityResult(exponential(nll), nll, count * (length - 1), count, length, protocol)
+
+
+def exponential(nll: float) -> float:
+    """exp(nll), infinite where it is too large for a float."""
     try:
-        value = math.exp(nll)
+        return math.exp(nll)
     except OverflowError:
-        value = math.inf
-    part_of = "the first " if max_windows is not None and count == max_windows else ""
-    protocol = f"{part_of}{count} non-overlapping windows of {length} tokens, mean over windows, tail dropped"
-    if length < limit:
-        protocol = f"one window of {length} tokens, the whole text"
-    return PerplexityResult(value, nll, count * (length - 1), count, length, protocol)
+        return math.inf
 
 
 def window_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
     """Mean loss, nats a token, of the ids `[tokens]` of one window but the first, given its logits."""
-    logits, targets = logits[:-1], ids[1:].to(logits.device)
+    return summed_loss(logits[:-1], ids[1:]) / (len(ids) - 1)
+
+
+def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Sum over positions of -log p(target), nats, of logits `[tokens, vocabulary]` and their targets `[tokens]`."""
     loss = 0.0
-    for part, target in zip(logits.split(CHUNK), targets.split(CHUNK), strict=True):
+    for part, target in zip(logits.split(CHUNK), targets.to(logits.device).split(CHUNK), strict=True):
         log_p = part.float().log_softmax(-1)
         loss -= float(log_p.gather(-1, target[:, None]).double().sum())
-    return loss / len(targets)
+    return loss
 
 
 def fitting_window(wanted: int, *models: Any) -> int:
@@ -140,14 +160,23 @@ def token_windows(tokenizer: Any, text: Text, *, window: int, max_windows: int |
         raise ConfigError(f"window={window} is not possible", hint="at least 2")
     if max_windows is not None and max_windows < 1:
         raise ConfigError(f"max_windows={max_windows} is not possible", hint="at least 1")
-    # `verbose` would warn that the text is longer than the model's context, which is what windows are for.
-    ids = torch.tensor(tokenizer(_read(text), verbose=False)["input_ids"], dtype=torch.int64)
-    if len(ids) < 2:
-        raise CalibrationError(f"the text has {len(ids)} tokens; at least 2 are needed", hint="give a longer text")
+    ids = token_ids(tokenizer, text)
     count = len(ids) // window
     if not count:
         return ids[None]
     return ids[: count * window].view(count, window)[:max_windows]
+
+
+def token_ids(tokenizer: Any, text: Text) -> torch.Tensor:
+    """The whole text in one call of the tokenizer: `[tokens]` int64.
+
+    Raises: CalibrationError, as `perplexity`.
+    """
+    # `verbose` would warn that the text is longer than the model's context, which is what windows are for.
+    ids = torch.tensor(tokenizer(_read(text), verbose=False)["input_ids"], dtype=torch.int64)
+    if len(ids) < 2:
+        raise CalibrationError(f"the text has {len(ids)} tokens; at least 2 are needed", hint="give a longer text")
+    return ids
 
 
 def _read(text: Text) -> str:

@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from awq_core.checkpoint.format import Settings, read_quantization_config, validate_packed
-from awq_core.checkpoint.pack import PER_WORD, PackedLinear, dequantize, unpack
+from awq_core.checkpoint.foreign import packed_names, read_packed, tensor_names
+from awq_core.checkpoint.format import Settings
+from awq_core.checkpoint.pack import PackedLinear, dequantize, unpack
 from awq_core.checkpoint.reader import CheckpointReader
+from awq_core.checkpoint.toolkits import read_settings
 from awq_core.errors import CheckpointError
 from awq_core.evaluation.perplexity import Progress
 from awq_core.skeleton import raw_config, resolve
-
-PARTS = ("qweight", "qzeros", "scales")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def compare_weights(
     folders, settings = (resolve(a), resolve(b)), []
     raws = [raw_config(folder) for folder in folders]
     for folder, raw in zip(folders, raws, strict=True):
-        found = read_quantization_config(raw)
+        found = read_settings(folder, raw)
         if found is None:
             raise CheckpointError(
                 f"{folder}: this model is not quantized", hint="A and B are quantized; the original is --reference"
@@ -115,7 +115,7 @@ def compare_weights(
             hint="two folders made from the same model",
         )
     with CheckpointReader(folders[0]) as first, CheckpointReader(folders[1]) as second:
-        mine, theirs = _packed_names(first), _packed_names(second)
+        mine, theirs = packed_names(first.names, settings[0]), packed_names(second.names, settings[1])
         shared = [name for name in mine if name in set(theirs)]
         if not shared:
             raise CheckpointError(
@@ -124,14 +124,14 @@ def compare_weights(
             )
         linears = []
         for name in shared:
-            linears.append(_linear(name, _read(first, name, settings[0]), _read(second, name, settings[1])))
+            linears.append(_linear(name, read_packed(first, name, settings[0]), read_packed(second, name, settings[1])))
             if progress:
                 progress(len(linears), len(shared))
         return WeightComparison(
             linears=tuple(linears),
             only_a=tuple(name for name in mine if name not in set(theirs)),
             only_b=tuple(name for name in theirs if name not in set(mine)),
-            others=tuple(_others(first, second)),
+            others=tuple(_others(first, settings[0], second)),
             group_sizes=(settings[0].group_size, settings[1].group_size),
         )
 
@@ -160,20 +160,9 @@ def _linear(name: str, a: PackedLinear, b: PackedLinear) -> LinearDifference:
     return difference(name, a, b)
 
 
-def _read(reader: CheckpointReader, name: str, settings: Settings) -> PackedLinear:
-    packed = PackedLinear(*(reader.tensor(f"{name}.{part}") for part in PARTS))
-    rows, words = packed.qweight.shape
-    validate_packed(name, packed, rows, words * PER_WORD, settings.group_size)
-    return packed
-
-
-def _packed_names(reader: CheckpointReader) -> list[str]:
-    return [name.removesuffix(".qweight") for name in reader.names if name.endswith(".qweight")]
-
-
-def _others(a: CheckpointReader, b: CheckpointReader) -> list[str]:
+def _others(a: CheckpointReader, settings: Settings, b: CheckpointReader) -> list[str]:
     """Tensors of both that are no part of a packed linear and differ; one pair in memory at a time."""
-    packed = {f"{name}.{part}" for name in _packed_names(a) for part in PARTS}
+    packed = {part for name in packed_names(a.names, settings) for part in tensor_names(a, name, settings)}
     found = []
     for name in a.names:
         if name in packed or name not in b:

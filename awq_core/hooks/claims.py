@@ -163,7 +163,7 @@ def unsupported(model_type: str, classes: Sequence[str], plugins: Sequence[Plugi
     elif dist is not None:
         hint = f"pip install {'--upgrade ' if named else ''}{dist}"
     else:
-        hint = "write a plugin: docs/plugins/writing.md shows how, a text model takes about 20 lines"
+        hint = "--infer, or a plugin of your own: docs/plugins/inference.md and docs/plugins/writing.md show how"
     return UnsupportedModelError(message, hint=hint)
 
 

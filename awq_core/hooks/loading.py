@@ -18,6 +18,7 @@ from packaging.version import InvalidVersion
 GROUP = "awq.plugins"
 CORE = "awq-core"
 LOCAL = "(local)"
+INFERRED = "inferred"  # the name that an architecture goes by which no plugin declares
 UNKNOWN = "(unknown distribution)"
 
 State = Literal["ok", "duplicate", "blocked", "incompatible", "broken"]

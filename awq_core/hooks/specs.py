@@ -55,8 +55,8 @@ def awq_component_policies(arch: Architecture, config: PretrainedConfig) -> Sequ
 
 @hookspec(firstresult=True)
 def awq_fused_blocks(arch: Architecture, model: torch.nn.Module, backend: str) -> Sequence[FusedBlock] | None:
-    """Replacements applied to a loaded model that runs on kernel `backend`; never stored. Owner, then defaults
-    (`arch.fused`)."""
+    """Replacements in the language blocks of a model loaded with `fuse=True` that runs on kernel `backend`; never
+    stored. Owner (of the text model, where a stack has `groups_from`), then defaults (`arch.fused`)."""
 
 
 @hookspec(firstresult=True)

@@ -16,7 +16,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -31,8 +31,9 @@ FORMAT = "gemm"
 class Kernel(Protocol):
     """What a backend's factory returns.
 
-    Two methods more are used where a kernel has them: `dequantize(state, dtype)`, the weight `[out, in]`, which makes
-    gradients cheaper; and `detail()`, a line for `awq kernels`.
+    More methods are used where a kernel has them: `linear_bias(x, state, bias)`, the product with the bias added before
+    it is rounded; `dequantize(state, dtype)`, the weight `[out, in]`, which makes gradients cheaper; and `detail()`, a
+    line for `awq kernels`.
     """
 
     def unsupported(self, packed: PackedLinear, dtype: torch.dtype) -> str:
@@ -43,6 +44,31 @@ class Kernel(Protocol):
 
     def linear(self, x: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
         """x `[tokens, in]` times the weight transposed: `[tokens, out]`, in the dtype of x."""
+
+
+@runtime_checkable
+class GroupedKernel(Protocol):
+    """What a kernel has besides that multiplies each token with the weights of the experts it was sent to."""
+
+    def stack(self, states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What `prepare` made of the experts' linears, of one shape, as the tensors of one."""
+
+    def unstack(self, state: dict[str, torch.Tensor], expert: int) -> dict[str, torch.Tensor]:
+        """One expert's, as views of the stack."""
+
+    def grouped_linear(self, x: torch.Tensor, state: dict[str, torch.Tensor], choices: torch.Tensor) -> torch.Tensor:
+        """x `[T, in]`, or `[T · k, in]`, for the expert numbers choices `[T, k]`: `[T · k, out]`, in their order."""
+
+
+@runtime_checkable
+class GatedKernel(Protocol):
+    """What a kernel has besides that makes silu(gate) · up of a product before it is written."""
+
+    def interleave(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The state of a weight with gate's rows first and up's after them, as that of one with both in turn."""
+
+    def gated_linear(self, x: torch.Tensor, state: dict[str, torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
+        """x `[tokens, in]`, weight and bias in turn `[2 · inner]`: `[tokens, inner]`."""
 
 
 class Choice(NamedTuple):

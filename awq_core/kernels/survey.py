@@ -1,12 +1,16 @@
-"""Which backends run on this machine, in which dtypes, and why the others do not: what `awq kernels` prints.
+"""Which backends run on this machine, in which dtypes, and why the others do not: what `awq kernels` prints; and which
+will run the linears of a planned model, for `awq plan`.
 
-Nothing is declared for this: every backend is asked about one ordinary linear (256 inputs, 64 outputs, groups of 128)
-on every device this machine has, through the same functions that choose a backend when a model is loaded.
+Nothing is declared for this. For `awq kernels` every backend is asked about one ordinary linear (256 inputs, 64
+outputs, groups of 128) on every device this machine has, for `awq plan` about each shape of the model, through the same
+functions that choose a backend when a model is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +44,78 @@ class Finding:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """The kernel that will run some linears of a model here.
+
+    Attributes:
+        name: of the backend; "" where none can.
+        linears: how many it runs.
+        why: what the kernel says of itself, and "AWQ_KERNEL" where that chose it; why none can.
+        passed_over: backend of a higher priority for this device -> why it does not run them.
+    """
+
+    name: str
+    linears: int
+    why: str
+    passed_over: dict[str, str]
+
+
+def runners(
+    shapes: Iterable[tuple[int, int, int]], dtype: torch.dtype, device: str, backends: Sequence[KernelBackend]
+) -> tuple[Runner, ...]:
+    """Which kernel runs linears of these shapes, most linears first.
+
+    Args:
+        shapes: (inputs, outputs, group size) of each linear.
+        dtype: of activations.
+        device: its type, "cpu" or "cuda".
+    """
+    found: list[Runner] = []
+    for (inputs, outputs, group), count in Counter(shapes).items():
+        packed = _blank(inputs, outputs, group, device)
+        name, why, passed_over = _runner(packed, dtype, device, backends)
+        same = next((one for one in found if (one.name, one.why, one.passed_over) == (name, why, passed_over)), None)
+        if same is not None:
+            found.remove(same)
+            count += same.linears
+        found.append(Runner(name, count, why, passed_over))
+    return tuple(sorted(found, key=lambda one: -one.linears))
+
+
+def _runner(
+    packed: PackedLinear, dtype: torch.dtype, device: str, backends: Sequence[KernelBackend]
+) -> tuple[str, str, dict[str, str]]:
+    """Name, why and what was passed over."""
+    try:
+        chosen = kernels.choose(packed, dtype, device=device, backends=backends)
+    except ConfigError as error:
+        return "", str(error), {}
+    if os.environ.get("AWQ_KERNEL"):
+        return chosen.name, "; ".join(filter(None, [f"AWQ_KERNEL={chosen.name}", _detail(chosen.kernel)])), {}
+    passed_over = {}
+    for backend in sorted(backends, key=lambda one: (-one.priority, one.name)):
+        if backend.name == chosen.name:
+            break
+        if device in backend.devices:
+            why = kernels.usable(backend, packed, dtype, device)
+            passed_over[backend.name] = why if isinstance(why, str) else ""
+    return chosen.name, _detail(chosen.kernel), passed_over
+
+
+def _detail(kernel: kernels.Kernel) -> str:
+    return str(kernel.detail()) if hasattr(kernel, "detail") else ""
+
+
+def _blank(inputs: int, outputs: int, group: int, device: str) -> PackedLinear:
+    """A linear of this shape, its numbers whatever they are: nothing reads them."""
+    return PackedLinear(
+        qweight=torch.empty(inputs, outputs // 8, dtype=torch.int32, device=device),
+        qzeros=torch.empty(inputs // group, outputs // 8, dtype=torch.int32, device=device),
+        scales=torch.empty(inputs // group, outputs, dtype=torch.float16, device=device),
+    )
+
+
 def survey(backends: Sequence[KernelBackend], devices: Sequence[str] | None = None) -> tuple[Finding, ...]:
     """Every backend, best first, on each of its devices that this machine has.
 
@@ -64,11 +140,7 @@ def present_devices() -> tuple[str, ...]:
 
 
 def _ask(backend: KernelBackend, device: str, backends: Sequence[KernelBackend]) -> Finding:
-    packed = PackedLinear(
-        qweight=torch.zeros(256, 8, dtype=torch.int32, device=device),
-        qzeros=torch.zeros(2, 8, dtype=torch.int32, device=device),
-        scales=torch.ones(2, 64, dtype=torch.float16, device=device),
-    )
+    packed = _blank(256, 64, 128, device)
     answers = {dtype_name(dtype): kernels.usable(backend, packed, dtype, device) for dtype in DTYPES}
     usable = [one for one in answers.values() if not isinstance(one, str)]
     return Finding(
@@ -77,7 +149,7 @@ def _ask(backend: KernelBackend, device: str, backends: Sequence[KernelBackend])
         device=device,
         reasons={name: one if isinstance(one, str) else "" for name, one in answers.items()},
         chosen=tuple(dtype_name(dtype) for dtype in DTYPES if _winner(packed, dtype, device, backends) == backend.name),
-        detail=usable[0].detail() if usable and hasattr(usable[0], "detail") else "",
+        detail=_detail(usable[0]) if usable else "",
     )
 
 

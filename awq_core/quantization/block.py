@@ -1,11 +1,9 @@
 """One block, quantized: scales, then clips, then codes, all decided on the statistics of its inputs.
 
-The block stays as it was loaded until everything is decided; the scales found so far are two vectors a linear,
-
-    W_eff = diag(1/rows) · W · diag(columns)
-
-applied in fp32 when a weight is looked at. So nothing is rounded twice, and statistics may be collected part by part:
-each part is of the block as it was, and a linear's are dropped as soon as its codes are chosen.
+The block stays as it was loaded until everything is decided; the scales found so far are two vectors a linear
+(`linear.py`). So nothing is rounded twice, and statistics may be collected part by part: each part is of the block as
+it was, and a linear's are dropped as soon as its codes are chosen. Groups that do not wait for one another are searched
+together, and linears quantized together, by whoever `spread` names (`spread.py`).
 
 Losses are mean squared output errors in the units of the original output, tr(D H Dᵀ) / out, comparable before and
 after: `loss_rtn` is plain round-to-nearest of the original weight, `loss` is what is written.
@@ -16,21 +14,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
 
-from awq_core.calibration.statistics import Statistics, output_loss
-from awq_core.checkpoint.pack import PackedLinear, dequantize, pack_linear
+from awq_core.calibration.statistics import Statistics
+from awq_core.checkpoint.pack import PackedLinear, dequantize
 from awq_core.config import QuantConfig
 from awq_core.errors import NumericsError
-from awq_core.gemm import times_transposed
-from awq_core.plan_types import BlockPlan, LinearPlan
-from awq_core.quantization import codes, correction, scales
-from awq_core.quantization.fold import fold_norm, fold_rows, tied
+from awq_core.plan_types import BlockPlan
+from awq_core.quantization import correction, scales
+from awq_core.quantization.fold import fold_group_norm, fold_rows, tied
+from awq_core.quantization.linear import LinearWork, Pending, quantize_linear, rtn_loss
 from awq_core.quantization.reuse import Found
-from awq_core.quantization.rounding import round_trip
+from awq_core.quantization.spread import Spread, here
 from awq_core.scale_groups import GroupPlan
 
 
@@ -38,7 +35,8 @@ from awq_core.scale_groups import GroupPlan
 class LinearReport:
     """What was decided for one linear; losses are None where no calibration was asked for. `clipped` is a share of
     groups, `flipped` of codes, `masked` of input channels; `note` says why another rounding was used. `routed`: of
-    `tokens`, those that the router sends to the expert whose linear this is; None outside a mixture's experts."""
+    `tokens`, those that the router sends to the expert whose linear this is; None outside a mixture's experts. `alpha`
+    and `beta` are the exponents of `scales.py`."""
 
     name: str
     tokens: int
@@ -51,6 +49,7 @@ class LinearReport:
     masked: float = 0.0
     note: str = ""
     routed: int | None = None
+    beta: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,28 +70,19 @@ class QuantizedBlock:
 
 
 class _Weights:
-    """The block's linears with their pending row and column factors, and its other parameters that will change."""
+    """What is pending on the block's linears, and its other parameters that will change."""
 
-    def __init__(self, block: nn.Module, path: str) -> None:
+    def __init__(self, block: nn.Module) -> None:
         self.block = block
-        self.path = path
         self.steps: dict[str, torch.Tensor] = {}
         self.rows: dict[str, torch.Tensor] = {}
         self.columns: dict[str, torch.Tensor] = {}
         self.folded: dict[str, torch.Tensor] = {}
 
-    def target(self, name: str) -> torch.Tensor:
-        """The original weight, corrected for what has become of its input."""
-        weight = self.block.get_parameter(f"{name}.weight").data.float()
-        return weight + times_transposed(weight, self.steps[name]) if name in self.steps else weight
-
-    def effective(self, name: str) -> torch.Tensor:
-        weight = self.target(name)
-        if name in self.columns:
-            weight = weight * self.columns[name]
-        if name in self.rows:
-            weight = weight / self.rows[name][:, None]
-        return weight
+    def pending(self, name: str) -> Pending:
+        """A linear's weight with what is pending on it by now."""
+        original = self.block.get_parameter(f"{name}.weight").data
+        return Pending(original, self.steps.get(name), self.columns.get(name), self.rows.get(name))
 
     def changed(self, name: str) -> torch.Tensor:
         """A parameter of the block as it will be, to be changed in place."""
@@ -110,6 +100,7 @@ def quantize_block(
     stored: Mapping[str, torch.dtype] | None = None,
     found: Found | None = None,
     drifted: Mapping[str, torch.Tensor] | None = None,
+    spread: Spread = here,
 ) -> QuantizedBlock:
     """Quantize a block in place: its linears' weights become the dequantized ones, its norms absorb the scales.
 
@@ -122,11 +113,12 @@ def quantize_block(
             folded is rounded to it at once, so that the codes are chosen for the norms that will really be there.
         found: scales and ranges of an earlier run, taken instead of searching.
         drifted: D of `correction.py` by linear, for those whose input is corrected for.
+        spread: does the work of linears that do not wait for one another.
 
     Raises:
         NumericsError: a weight or scale that is NaN or inf.
     """
-    weights = _Weights(block, plan.path)
+    weights = _Weights(block)
     linears = {plan.local(linear): linear for linear in plan.quantized}
     waiting = list(plan.groups) if config.scale else []
     folded: list[GroupPlan] = []  # before any statistics
@@ -138,42 +130,36 @@ def quantize_block(
     packed: dict[str, PackedLinear] = {}
     reports: dict[str, LinearReport] = {}
 
-    def rtn_loss(name: str, statistic: Statistics) -> float:
-        """Round-to-nearest of the original weight; the input may be scaled by now, in both or in neither."""
-        weight, size = weights.target(name), linears[name].group_size
-        columns = weights.columns.get(name, torch.ones_like(statistic.mean))
-        total = 0.0
-        for part in weight.split(max(1, scales.CHUNK_ELEMENTS // weight.shape[1])):
-            error = round_trip(part, size, step_dtype).sub_(part).mul_(columns)
-            total += float(output_loss(error, statistic.gram).sum())
-        return total / len(weight)
+    def work(name: str) -> LinearWork:
+        linear, statistic = linears[name], seen.pop(name, None)
+        clipping = linear.clip and config.clip != "none"
+        groups, device = linear.in_features // linear.group_size, block.get_parameter(f"{name}.weight").device
+        known = found.grid(linear.name, groups, device) if found and clipping else None
+        absorbs = config.correct_bias and linear.bias
+        pending, loss = weights.pending(name), loss_rtn.get(name)
+        return LinearWork(linear, pending, statistic, config, step_dtype, known, loss, absorbs)
 
-    def finish(name: str, statistic: Statistics | None) -> None:
-        linear, scale = linears[name], chosen.get(name)
-        if statistic is not None and (statistic.own is not None or name not in loss_rtn):
-            statistic = statistic.with_own(weights.columns.get(name))
-            loss_rtn[name] = rtn_loss(name, statistic)
-        absorbs = config.correct_bias and linear.bias and statistic is not None
-        if statistic is not None and absorbs:
-            statistic = statistic.centered()
-        packed[name], result, loss = _quantize_linear(weights, name, linear, statistic, config, step_dtype, found)
-        if statistic is not None and absorbs:
-            error = dequantize(packed[name]).to(statistic.mean.device).sub_(weights.effective(name))
-            bias, on_disk = weights.changed(f"{name}.bias"), (stored or {}).get(f"{linear.name}.bias")
-            bias.copy_((bias.float() - error @ statistic.mean).to(on_disk or bias.dtype))
-        reports[name] = LinearReport(
-            linear.name,
-            statistic.n if statistic else 0,
-            scale.alpha if scale else 0.0,
-            scale.family if scale else "none",
-            loss_rtn.get(name),
-            loss,
-            result.clipped,
-            result.flipped,
-            result.masked,
-            result.note,
-            statistic.routed if statistic else None,
-        )
+    def finish(names: list[str]) -> None:
+        for name, done in zip(names, spread(quantize_linear, map(work, names)), strict=True):
+            linear, scale = linears[name], chosen.get(name)
+            packed[name] = done.packed
+            if done.absorbed is not None:
+                bias, on_disk = weights.changed(f"{name}.bias"), (stored or {}).get(f"{linear.name}.bias")
+                bias.copy_((bias.float() - done.absorbed).to(on_disk or bias.dtype))
+            reports[name] = LinearReport(
+                linear.name,
+                done.tokens,
+                scale.alpha if scale else 0.0,
+                scale.family if scale else "none",
+                done.loss_rtn,
+                done.loss,
+                done.clipped,
+                done.flipped,
+                done.masked,
+                done.note,
+                done.routed,
+                scale.beta if scale else 0.0,
+            )
 
     def fold(group: GroupPlan, result: scales.ScaleResult) -> torch.Tensor:
         if not torch.isfinite(result.scale).all():
@@ -182,37 +168,42 @@ def quantize_block(
         kept[f"{plan.path}.{group.prev}"] = result.scale
         return _fold(block, weights, group, result.scale, plan, stored or {})
 
+    def find(groups: list[GroupPlan]) -> None:
+        firsts = [group.layers[0] for group in groups]
+        readers = [
+            scales.Readers(
+                tuple(map(weights.pending, group.layers)), seen[first], linears[first].group_size, group.shared
+            )
+            for group, first in zip(groups, firsts, strict=True)
+        ]
+        results = scales.search_all(readers, step_dtype, salience=config.rounding == "heuristic", spread=spread)
+        for group, one, result in zip(groups, readers, results, strict=True):
+            for name, pending, loss in zip(group.layers, one.weights, result.losses_rtn, strict=True):
+                late = pending.rows is not None  # then the search began with a weight that is not the original
+                loss_rtn[name] = rtn_loss(pending, one.statistics, one.group_size, step_dtype) if late else loss
+            one.statistics.rescale_(fold(group, result))
+
     if found is not None:
         for group in waiting:
-            fold(group, scales.reused(found.scale(f"{plan.path}.{group.prev}", like=weights.target(group.layers[0]))))
+            like = block.get_parameter(f"{group.layers[0]}.weight")
+            fold(group, scales.reused(found.scale(f"{plan.path}.{group.prev}", like=like)))
         folded, waiting = waiting, []
     for part in statistics:
         observed.update(part)
         for name in [name for name, statistic in part.items() if statistic.n]:
             seen[name] = part[name]
-        weights.steps |= correction.steps(drifted or {}, part, config.correct_inputs)
+        weights.steps |= correction.steps(drifted or {}, part, config.correct_inputs or 0.0)
         for group in [group for group in folded if not part.keys().isdisjoint(group.layers)]:
             name = next(name for name in group.layers if name in part)
             part[name].rescale_(weights.columns[name])  # once: experts that come later have the same tensors
             folded.remove(group)
         del part  # or it keeps its Gram matrices alive beside those of the next
-        while waiting and waiting[0].layers[0] in observed:
-            group = waiting.pop(0)
-            first = group.layers[0]
-            if first not in seen:
-                continue
-            readers = partial(map, weights.effective, group.layers)
-            size, salience = linears[first].group_size, config.rounding == "heuristic"
-            result = scales.search(readers, seen[first], size, step_dtype, group.shared, salience=salience)
-            for name, loss in zip(group.layers, result.losses_rtn, strict=True):
-                loss_rtn[name] = rtn_loss(name, seen[first]) if name in weights.rows else loss
-            seen[first].rescale_(fold(group, result))
+        while ready := _ready(waiting, observed):
+            del waiting[: len(ready)]
+            find([group for group in ready if group.layers[0] in seen])
         undecided = {name for group in waiting for name in (group.prev, *group.layers)}
-        for name in [name for name in linears if name in seen and name not in undecided]:
-            finish(name, seen.pop(name))
-    for name in linears:
-        if name not in packed:
-            finish(name, None)
+        finish([name for name in linears if name in seen and name not in undecided])
+    finish([name for name in linears if name not in packed])
     for name, value in weights.folded.items():
         block.get_parameter(name).data = value
     for name, tensors in packed.items():
@@ -224,6 +215,18 @@ def quantize_block(
         [reports[name] for name in linears],
         kept,
     )
+
+
+def _ready(waiting: list[GroupPlan], observed: set[str]) -> list[GroupPlan]:
+    """The next groups whose statistics are there and whose linears no group among them changes."""
+    ready: list[GroupPlan] = []
+    changed: set[str] = set()
+    for group in waiting:
+        if group.layers[0] not in observed or not changed.isdisjoint(group.layers):
+            break
+        ready.append(group)
+        changed.update((group.prev, *group.layers))
+    return ready
 
 
 def _fold(
@@ -240,14 +243,14 @@ def _fold(
     if isinstance(previous, nn.Linear):
         bias = None if previous.bias is None else weights.changed(f"{group.prev}.bias")
         own, scale = tied(group, scale)
-        divisor = fold_rows(bias, previous.out_features, own, stored.get(f"{prefix}.bias"))
+        divisor = fold_rows(bias, previous.out_features, own, stored.get(f"{prefix}.bias"), group.sections)
         if any(linear.name == prefix for linear in plan.quantized):
             weights.rows[group.prev] = divisor
         else:
             _multiply(weights.changed(f"{group.prev}.weight"), 1 / divisor[:, None], stored.get(f"{prefix}.weight"))
     else:
         norm = copy.deepcopy(previous)
-        scale = fold_norm(norm, scale, group.norm_offset, stored.get(f"{prefix}.weight"))
+        scale = fold_group_norm(norm, group, scale, stored.get(f"{prefix}.weight"))
         weights.folded.update((f"{group.prev}.{name}", p.data) for name, p in norm.named_parameters(recurse=False))
     for name in group.layers:
         weights.columns[name] = scale
@@ -259,28 +262,3 @@ def _fold(
 def _multiply(weight: torch.Tensor, factor: torch.Tensor, stored: torch.dtype | None) -> None:
     """Multiply in place, rounded to the dtype the weight has on disk."""
     weight.copy_((weight.float() * factor).to(stored or weight.dtype))
-
-
-def _quantize_linear(
-    weights: _Weights,
-    name: str,
-    plan: LinearPlan,
-    statistics: Statistics | None,
-    config: QuantConfig,
-    step_dtype: torch.dtype,
-    found: Found | None,
-) -> tuple[PackedLinear, codes.Codes, float | None]:
-    """(checkpoint tensors, what was chosen, loss in the units of the original output); `statistics` are of the scaled
-    input."""
-    weight = weights.effective(name)
-    if not torch.isfinite(weight).all():
-        raise NumericsError(f"{plan.name}.weight holds NaN or inf", hint="is the source checkpoint damaged?")
-    groups = weight.shape[1] // plan.group_size
-    clipping = plan.clip and config.clip != "none"
-    known = found.grid(plan.name, groups, weight.device) if found and clipping else None
-    result = codes.choose(weight, statistics, plan.group_size, step_dtype, config, clipping=clipping, known=known)
-    packed = pack_linear(result.codes, result.grid.step, result.grid.zero, step_dtype, name=plan.name)
-    if result.loss is None:
-        return packed, result, None
-    rows = weights.rows.get(name)
-    return packed, result, float((result.loss if rows is None else result.loss * rows.square()).mean())

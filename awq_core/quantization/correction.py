@@ -65,7 +65,7 @@ def drift(
         for batch, call in enumerate(inputs.calls[index]):
             mask = inputs.masks[batch]
             with _watched(block, sites, note):
-                original = call.run(block, load(inputs.original[batch]))
+                original = call.run_original(block, load(inputs.original[batch]))
             with _watched(block, sites, add):
                 call.run(block, load(inputs.hidden[batch]))
             inputs.keep_original(batch, index, original)

@@ -28,7 +28,7 @@ from awq_core.calibration.trace import StackInputs, record
 from awq_core.checkpoint.pack import PackedLinear, dequantize
 from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.checkpoint.writer import CheckpointWriter
-from awq_core.devices import memory_bytes, release_freed_memory
+from awq_core.devices import memory_bytes, peak_bytes, release_freed_memory
 from awq_core.errors import CalibrationError, PlanError
 from awq_core.plan_types import BlockPlan, HeadPlan, Plan
 from awq_core.quantization.block import LinearReport, QuantizedBlock, quantize_block
@@ -37,6 +37,7 @@ from awq_core.quantization.correction import drift
 from awq_core.quantization.head import observe, quantize_head
 from awq_core.quantization.materialise import Materialiser
 from awq_core.quantization.reuse import Found, to_payload
+from awq_core.quantization.spread import Spread, here
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class Engine:
         step_dtype: dtype scales are stored in.
         offload: where activations are kept between blocks, instead of in memory.
         found: an earlier run, whose scales and ranges are taken instead of searching.
+        spread: does the independent work of a block.
 
     Raises:
         CheckpointError: the checkpoint lacks a tensor of a block, or holds one in another shape or kind.
@@ -83,8 +85,9 @@ class Engine:
         step_dtype: torch.dtype,
         offload: OffloadFile | None = None,
         found: Found | None = None,
+        spread: Spread = here,
     ) -> None:
-        self.offload, self.found = offload, found
+        self.offload, self.found, self.spread = offload, found, spread
         self.reader, self.model, self.names, self.plan = reader, model, names, plan
         self.device, self.step_dtype = device, step_dtype
         self.source = Materialiser(reader, model, names, device=device, dtype=next(model.parameters()).dtype)
@@ -159,12 +162,14 @@ class Engine:
         index: int,
         writer: CheckpointWriter,
     ) -> None:
+        started = time.perf_counter()
         with self.source.filled(block, plan.path):
             result = self.search(block, plan, inputs, index)
             payload = {
                 "replaced": self._write(block, plan, result, writer),
                 "reports": [asdict(report) for report in result.reports],
                 "scales": to_payload(result.scales),
+                "cost": self._cost(started),
             }
             writer.commit(plan.path, payload)
             self._hand_on(block, plan, inputs, index)
@@ -177,7 +182,8 @@ class Engine:
             name: self.reader.dtype(self.names[name])
             for name in (f"{plan.path}.{local}" for local, _ in block.named_parameters())
         }
-        return quantize_block(block, plan, statistics, self.plan.config, self.step_dtype, stored, self.found, drifted)
+        config, dtype = self.plan.config, self.step_dtype
+        return quantize_block(block, plan, statistics, config, dtype, stored, self.found, drifted, self.spread)
 
     def _quantize_head(
         self,
@@ -187,7 +193,7 @@ class Engine:
         data: CalibrationData | None,
         writer: CheckpointWriter,
     ) -> None:
-        name = head.linear.name
+        name, started = head.linear.name, time.perf_counter()
         statistics = None
         if inputs and data:
             blocks = [self.model.get_submodule(plan.path) for plan in stack]
@@ -205,7 +211,13 @@ class Engine:
             known = self.found.grid(name, linear.in_features // linear.group_size, self.device)
         packed, report = quantize_head(head, read, statistics, config, self.step_dtype, known=known)
         _add_packed(writer, own or f"{name}.weight", packed)
-        writer.commit(name, {"replaced": [own] if own else [], "reports": [asdict(report)]})
+        replaced = [own] if own else []
+        writer.commit(name, {"replaced": replaced, "reports": [asdict(report)], "cost": self._cost(started)})
+
+    def _cost(self, started: float) -> dict[str, float]:
+        """What a block took so far: seconds, bytes held now, and the most bytes of the process until now."""
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "bytes": memory_bytes(self.device), "peak": peak_bytes(self.device)}
 
     def _restore(
         self, block: nn.Module, plan: BlockPlan, inputs: StackInputs | None, index: int, writer: CheckpointWriter
@@ -224,7 +236,7 @@ class Engine:
                     packed = PackedLinear(*(stored[base + part] for part in ("qweight", "qzeros", "scales")))
                     parameter.data.copy_(dequantize(packed))
                 elif on_disk in stored:
-                    parameter.data.copy_(stored[on_disk])
+                    parameter.data.copy_(self.source.turned(f"{plan.path}.{name}", stored[on_disk]))
             self._hand_on(block, plan, inputs, index)
 
     def _hand_on(self, block: nn.Module, plan: BlockPlan, inputs: StackInputs | None, index: int) -> None:
@@ -284,7 +296,8 @@ class Engine:
         parameters = {f"{plan.path}.{name}": parameter for name, parameter in block.named_parameters()}
         for name in sorted(result.changed):
             on_disk = self.names[name]
-            writer.add(on_disk, parameters[name].data.to("cpu", self.reader.dtype(on_disk)))
+            value = self.source.turned(name, parameters[name].data)
+            writer.add(on_disk, value.to("cpu", self.reader.dtype(on_disk)))
             replaced.append(on_disk)
         return replaced
 

@@ -8,6 +8,7 @@ and the readers are multiplied by that one, which makes the fold exact in spite 
 quantized afterwards is not rounded in between: its row factor is carried along until its codes are chosen.
 
 Where `prev` writes fewer channels than its readers take (shared_heads.py), s is one scale a channel of `prev`, spread.
+So it is where a norm works head by head, and the heads have one weight.
 """
 
 from __future__ import annotations
@@ -39,13 +40,26 @@ def fold_norm(norm: Any, scale: torch.Tensor, offset: float, stored: torch.dtype
     return effective
 
 
-def fold_rows(
-    bias: torch.Tensor | None, rows: int, scale: torch.Tensor, stored: torch.dtype | None = None
+def fold_group_norm(
+    norm: Any, group: GroupPlan, scale: torch.Tensor, stored: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Row divisors of a linear whose last len(scale) of `rows` outputs are divided by `scale`; divides its bias too,
-    rounded to `stored`, its dtype on disk."""
+    """`fold_norm` for a group, whose heads may share the norm's weight; returns what its readers are multiplied by."""
+    effective = fold_norm(norm, tied(group, scale)[0], group.norm_offset, stored)
+    return effective if group.shared is None else group.shared.spread(effective)
+
+
+def fold_rows(
+    bias: torch.Tensor | None,
+    rows: int,
+    scale: torch.Tensor,
+    stored: torch.dtype | None = None,
+    sections: int = 1,
+) -> torch.Tensor:
+    """Row divisors, `[rows]`, of a linear whose outputs are in `sections` equal parts, of each of which the last ones
+    are divided by the next of `scale`; divides its bias too, rounded to `stored`, its dtype on disk."""
     divisor = torch.ones(rows, device=scale.device)
-    divisor[rows - scale.numel() :] = scale
+    values = scale.view(sections, -1)
+    divisor.view(sections, -1)[:, rows // sections - values.shape[1] :] = values
     if bias is not None:
         bias.data.copy_((bias.data.float() / divisor).to(stored or bias.dtype))
     return divisor
@@ -53,10 +67,11 @@ def fold_rows(
 
 def tied(group: GroupPlan, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(what `prev` is divided by, what its readers are multiplied by, `[in]`), for s `[in]`."""
-    if group.shared is None:
-        return scale, scale
-    own = group.shared.first(scale)
-    return own, group.shared.spread(own)
+    own = scale
+    if group.shared is not None:
+        own = group.shared.first(scale)
+        scale = group.shared.spread(own)
+    return own ** (1 / group.degree), scale
 
 
 def apply_to_block(block: nn.Module, group: GroupPlan, scale: torch.Tensor, *, fold_previous: bool = True) -> None:
@@ -65,13 +80,13 @@ def apply_to_block(block: nn.Module, group: GroupPlan, scale: torch.Tensor, *, f
     Args:
         fold_previous: False leaves out the division, which must change the function: the proof's negative control.
     """
-    own, scale = tied(group, scale)
+    own, spread = tied(group, scale)
     if fold_previous:
         previous = block.get_submodule(group.prev)
         if isinstance(previous, nn.Linear):
-            divisor = fold_rows(previous.bias, previous.out_features, own)
+            divisor = fold_rows(previous.bias, previous.out_features, own, sections=group.sections)
             previous.weight.data.div_(divisor[:, None])
         else:
-            scale = fold_norm(previous, scale, group.norm_offset)
+            spread = fold_group_norm(previous, group, scale)
     for name in (*group.layers, *group.compensate):
-        block.get_parameter(f"{name}.weight").data.mul_(scale)
+        block.get_parameter(f"{name}.weight").data.mul_(spread)

@@ -93,7 +93,7 @@ def prepare(
     columns = gram.shape[0]
     tokens = statistics.n_effective
     if tokens < min_tokens_per_feature * columns:
-        note = f"{tokens:.0f} tokens for {columns} input channels, gptq needs {min_tokens_per_feature:g} a channel"
+        note = f"gptq needs {min_tokens_per_feature:g} tokens an input channel and they saw fewer"
         return TooFewTokens(greedy.prepare(statistics, shrinkage=shrinkage), note)
     diagonal = gram.diagonal()
     ridge = shrinkage_ridge(statistics, shrinkage) + DAMPENING * diagonal.mean()

@@ -21,15 +21,17 @@ of all that one scale is multiplied with. Candidates are made of the averages an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 
 import torch
 
 from awq_core.calibration.statistics import Statistics, output_loss
 from awq_core.gemm import screening_dtype
+from awq_core.quantization.linear import Pending
 from awq_core.quantization.rounding import grouped, round_trip
+from awq_core.quantization.spread import Spread, here
 from awq_core.shared_heads import SharedHeads
 
 GRID = 20
@@ -40,6 +42,8 @@ SCREEN_MIN_ROWS = 256
 # Rows scored at once: bounds the copies of a large group, and keeps them in cache.
 CHUNK_ELEMENTS = 1 << 22
 
+Candidate = tuple[str, float, float, torch.Tensor]  # family, α, β, s
+
 
 @dataclass(frozen=True, slots=True)
 class ScaleResult:
@@ -47,7 +51,7 @@ class ScaleResult:
 
     Attributes:
         scale: s, `[in]` fp32; ones where nothing beat the identity.
-        alpha: exponent of the winner; 0.0 for the identity.
+        alpha, beta: exponents of the winner; 0.0 for the identity.
         family: "identity", "activation" (β = 0), "duo" (β = 1 − α), "grid" (neither), "salience" (E[x²]^α),
             or "reused" where an earlier run found it.
         loss: loss of the winner as a share of the output energy, summed over the linears.
@@ -61,13 +65,74 @@ class ScaleResult:
     loss: float
     loss_identity: float
     losses_rtn: tuple[float, ...]
+    beta: float = 0.0
 
 
-Weights = Callable[[], Iterable[torch.Tensor]]
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """A group to search: linears that read one tensor, `[out_i, in]`; statistics of that; the quantizer's group size;
+    which input channels have one scale (None: each has its own)."""
+
+    weights: tuple[Pending, ...]
+    statistics: Statistics
+    group_size: int
+    shared: SharedHeads | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Scoring:
+    """Candidates `[candidates, in]` for one linear, scored on every `every`-th row."""
+
+    weight: Pending
+    gram: torch.Tensor
+    candidates: torch.Tensor
+    every: int
+    group_size: int
+    step_dtype: torch.dtype
+
+
+def search_all(
+    groups: Sequence[Readers], step_dtype: torch.dtype, *, salience: bool = False, spread: Spread = here
+) -> list[ScaleResult]:
+    """Best scales of each group; what one finds changes no weight of another.
+
+    Args:
+        step_dtype: dtype scales are stored in.
+        salience: try the powers of E[x²] too, the scales of Dynamic Heuristic AWQ.
+        spread: does the work, linear by linear: a layer of many experts is never in memory in fp32 at once.
+    """
+    sums = spread(_magnitudes, ((weight, group.group_size) for group in groups for weight in group.weights))
+    candidates = [list(_of_group(group, islice(sums, len(group.weights)), salience)) for group in groups]
+    stacked = [torch.stack([scale for *_, scale in those]) for those in candidates]
+    steps = [min(SCREEN_EVERY, max(1, _rows(group) // SCREEN_MIN_ROWS)) for group in groups]
+
+    def scorings(index: int, those: torch.Tensor, every: int) -> Iterator[_Scoring]:
+        group = groups[index]
+        for weight in group.weights:
+            yield _Scoring(weight, group.statistics.gram, those, every, group.group_size, step_dtype)
+
+    screened = spread(_screen, (one for i, those in enumerate(stacked) for one in scorings(i, those, steps[i])))
+    energies: list[list[float]] = []
+    losses: list[list[tuple[float, ...]]] = []  # by group, by candidate, by linear
+    finalists: list[list[int]] = []
+    for group, those in zip(groups, candidates, strict=True):
+        energy, by_linear = zip(*islice(screened, len(group.weights)), strict=True)
+        energies.append(list(energy))
+        losses.append(list(zip(*by_linear, strict=True)))
+        total = [_relative(found, energy) for found in losses[-1]]
+        finalists.append([0, *sorted(range(1, len(those)), key=total.__getitem__)[:RESCORED]])
+    sampled = [i for i, every in enumerate(steps) if every > 1]
+    best_of = {i: stacked[i][finalists[i]] for i in sampled}
+    rescored = spread(_score, (one for i in sampled for one in scorings(i, best_of[i], 1)))
+    for i in sampled:
+        again = zip(*islice(rescored, len(groups[i].weights)), strict=True)
+        for index, found in zip(finalists[i], again, strict=True):
+            losses[i][index] = found
+    return [_best(*found) for found in zip(candidates, finalists, losses, energies, strict=True)]
 
 
 def search(
-    weights: Weights,
+    weights: Iterable[Pending],
     statistics: Statistics,
     group_size: int,
     step_dtype: torch.dtype,
@@ -75,54 +140,60 @@ def search(
     *,
     salience: bool = False,
 ) -> ScaleResult:
-    """Best scales for linears that read one tensor.
+    """Best scales for linears that read one tensor; `search_all` and `Readers` say what the arguments are."""
+    return search_all([Readers(tuple(weights), statistics, group_size, shared)], step_dtype, salience=salience)[0]
 
-    Args:
-        weights: called for each pass over the linears; yields fp32 `[out_i, in]`, one at a time, so that a layer of
-            many experts is never in memory in fp32 at once.
-        statistics: of the shared input.
-        group_size: of the quantizer.
-        step_dtype: dtype scales are stored in.
-        shared: which input channels have one scale; None: each has its own.
-        salience: try the powers of E[x²] too, the scales of Dynamic Heuristic AWQ.
-    """
-    gram = statistics.gram
-    rows, magnitude, mean_abs = 0, torch.zeros_like(statistics.mean_abs), statistics.mean_abs
-    for weight in weights():
-        rows += len(weight)
-        magnitude += _magnitude(weight, group_size).sum(0)
-    magnitude /= rows
-    square = gram.diagonal() if salience else None
-    if shared is None:
-        candidates = list(_candidates(magnitude, mean_abs, square))
-    else:
-        pooled = (shared.pool(magnitude), shared.pool(mean_abs), None if square is None else shared.pool(square))
-        candidates = [(family, alpha, shared.spread(scale)) for family, alpha, scale in _candidates(*pooled)]
 
-    def score(weight: torch.Tensor, index: int, gram: torch.Tensor) -> float:
-        return round_trip_loss(weight, candidates[index][2], gram, group_size, step_dtype)
-
-    every = min(SCREEN_EVERY, max(1, rows // SCREEN_MIN_ROWS))
-    screen_gram = gram.to(screening_dtype(gram.device)) if every > 1 else gram
-    energy: list[float] = []
-    by_linear: list[list[float]] = [[] for _ in candidates]
-    for weight in weights():
-        sample = weight[::every].contiguous()
-        energy.append(max(float(output_loss(sample, gram).mean()), 1e-20))
-        for index, losses in enumerate(by_linear):
-            losses.append(score(sample, index, screen_gram))
-    total = [_relative(losses, energy) for losses in by_linear]
-    finalists = [0, *sorted(range(1, len(candidates)), key=total.__getitem__)[:RESCORED]]
-    if every > 1:
-        for index in finalists:
-            by_linear[index] = []
-        for weight in weights():
-            for index in finalists:
-                by_linear[index].append(score(weight, index, gram))
-    loss = {index: _relative(by_linear[index], energy) for index in finalists}
+def _best(
+    candidates: list[Candidate], finalists: list[int], losses: list[tuple[float, ...]], energy: list[float]
+) -> ScaleResult:
+    loss = {index: _relative(losses[index], energy) for index in finalists}
     best = min(finalists, key=loss.__getitem__)
-    family, alpha, scale = candidates[best]
-    return ScaleResult(scale, alpha, family, loss[best], loss[0], tuple(by_linear[0]))
+    family, alpha, beta, scale = candidates[best]
+    return ScaleResult(scale, alpha, family, loss[best], loss[0], losses[0], beta)
+
+
+def _rows(group: Readers) -> int:
+    return sum(len(weight.original) for weight in group.weights)
+
+
+def _of_group(group: Readers, sums: Iterable[torch.Tensor], salience: bool) -> Iterator[Candidate]:
+    """The candidates of a group, of the sum of each linear's magnitudes over its rows."""
+    statistics, shared = group.statistics, group.shared
+    magnitude = torch.zeros_like(statistics.mean_abs)
+    for one in sums:
+        magnitude += one
+    magnitude /= _rows(group)
+    square = statistics.gram.diagonal() if salience else None
+    if shared is None:
+        yield from _candidates(magnitude, statistics.mean_abs, square)
+        return
+    pooled = (shared.pool(magnitude), shared.pool(statistics.mean_abs), None if square is None else shared.pool(square))
+    for name, alpha, beta, scale in _candidates(*pooled):
+        yield name, alpha, beta, shared.spread(scale)
+
+
+def _magnitudes(item: tuple[Pending, int]) -> torch.Tensor:
+    weight, group_size = item
+    return _magnitude(weight.effective(), group_size).sum(0)
+
+
+def _screen(scoring: _Scoring) -> tuple[float, list[float]]:
+    """(output energy of a linear on a sample of its rows, the sample's loss under each candidate)."""
+    every, gram = scoring.every, scoring.gram
+    sample = scoring.weight.effective()[::every].contiguous()
+    energy = max(float(output_loss(sample, gram).mean()), 1e-20)
+    return energy, _losses(sample, gram.to(screening_dtype(gram.device)) if every > 1 else gram, scoring)
+
+
+def _score(scoring: _Scoring) -> list[float]:
+    """A linear's loss under each candidate, on all rows."""
+    return _losses(scoring.weight.effective(), scoring.gram, scoring)
+
+
+def _losses(weight: torch.Tensor, gram: torch.Tensor, scoring: _Scoring) -> list[float]:
+    size, dtype = scoring.group_size, scoring.step_dtype
+    return [round_trip_loss(weight, scale, gram, size, dtype) for scale in scoring.candidates]
 
 
 def reused(scale: torch.Tensor) -> ScaleResult:
@@ -143,25 +214,25 @@ def _magnitude(weight: torch.Tensor, group_size: int) -> torch.Tensor:
 
 def _candidates(
     magnitude: torch.Tensor, mean_abs: torch.Tensor, square: torch.Tensor | None = None
-) -> Iterator[tuple[str, float, torch.Tensor]]:
-    """(family, alpha, s): the identity first, both lines, the grid off them, powers of E[x²] if given; s is `[in]`."""
-    yield "identity", 0.0, torch.ones_like(mean_abs)
+) -> Iterator[Candidate]:
+    """(family, α, β, s): the identity first, both lines, the grid off them, powers of E[x²] if given; s is `[in]`."""
+    yield "identity", 0.0, 0.0, torch.ones_like(mean_abs)
     x = mean_abs.clamp(min=1e-5)
     w = magnitude.clamp(min=1e-4)
     for step in range(1, GRID + 1):
         alpha = step / GRID
-        yield "activation", alpha, _normalised(x**alpha, mean_abs)
+        yield "activation", alpha, 0.0, _normalised(x**alpha, mean_abs)
     for step in range(GRID):
         alpha = step / GRID
-        yield "duo", alpha, _normalised(x**alpha / w ** (1 - alpha), mean_abs)
+        yield "duo", alpha, 1 - alpha, _normalised(x**alpha / w ** (1 - alpha), mean_abs)
     for i, j in product(range(1, COARSE + 1), repeat=2):
         if i + j != COARSE:
             alpha, beta = i / COARSE, j / COARSE
-            yield "grid", alpha, _normalised(x**alpha / w**beta, mean_abs)
+            yield "grid", alpha, beta, _normalised(x**alpha / w**beta, mean_abs)
     if square is not None:
         for step in range(1, GRID + 1):
             alpha = step / GRID
-            yield "salience", alpha, _normalised(square.clamp(min=1e-5) ** alpha, mean_abs)
+            yield "salience", alpha, 0.0, _normalised(square.clamp(min=1e-5) ** alpha, mean_abs)
 
 
 def _normalised(scale: torch.Tensor, mean_abs: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from awq_core.calibration.batches import CalibrationData
 from awq_core.calibration.offload import Offloaded, load
-from awq_core.calibration.trace import StackInputs, finish
+from awq_core.calibration.trace import StackInputs, finish, members_of
 from awq_core.devices import release_freed_memory
 from awq_core.errors import NumericsError, PlanError
 from awq_core.mixed import Allocation, Target, choose, language_blocks
@@ -153,8 +153,8 @@ def _forward(engine: Engine, plan: BlockPlan, inputs: StackInputs, index: int, h
     with engine.source.filled(block, plan.path), torch.no_grad():
         for number, call in enumerate(inputs.calls[index]):
             out = call.returned(block, load(hidden[number]))
-            inputs.tuples = isinstance(out, tuple)
-            out = inputs.following(number, index, out[0] if inputs.tuples else out)
+            inputs.members = members_of(out)
+            out = inputs.following(number, index, out[0] if inputs.members else out)
             result.append(engine.offload.keep(out) if engine.offload else out)
     return result
 
@@ -175,7 +175,7 @@ def _head(
         for number, batch in enumerate(batches):
             hidden = load(last[number]).detach().requires_grad_()
             with torch.enable_grad():
-                logits = finish(engine.model, blocks, batch, hidden, tuples=inputs.tuples, device=engine.device)
+                logits = finish(engine.model, blocks, batch, hidden, members=inputs.members, device=engine.device)
                 rows = logits.flatten(0, -2).float()
                 drawn = torch.multinomial(rows.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(rows.device)
                 mask = inputs.masks[number]
@@ -227,7 +227,7 @@ def _quantized(
         for name in group.layers:
             weights[name] = (weights[name].float() / scale).to(weights[name].dtype)
         if group.prev in weights:
-            rows = fold_rows(None, len(weights[group.prev]), own)
+            rows = fold_rows(None, len(weights[group.prev]), own, sections=group.sections)
             weights[group.prev] = (weights[group.prev].float() * rows[:, None]).to(weights[group.prev].dtype)
     return weights
 

@@ -19,7 +19,8 @@ class QuantLinear(nn.Module):
 
     Attributes:
         in_features, out_features, group_size: as in the checkpoint.
-        backend: name of the kernel that runs it.
+        backend, factory: name of the kernel that runs it, and what makes it.
+        state_names: names of the buffers that kernel prepared.
         weight_dtype: dtype of activations the kernel was prepared for.
     """
 
@@ -37,21 +38,23 @@ class QuantLinear(nn.Module):
         self.group_size = packed.group_size
         self.weight_dtype = dtype
         device = packed.qweight.device.type
-        self.backend, kernel, self._factory = kernels.choose(packed, dtype, device=device, backends=backends)
+        self.backend, kernel, self.factory = kernels.choose(packed, dtype, device=device, backends=backends)
         state = kernel.prepare(packed, dtype)
         for name, tensor in state.items():
             self.register_buffer(name, tensor, persistent=False)
-        self._state_names = list(state)
+        self.state_names = list(state)
         self.bias: torch.Tensor | None
         self.register_buffer("bias", None if bias is None else bias.to(dtype), persistent=False)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the kernel prepared."""
+        return {name: getattr(self, name) for name in self.state_names}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x `[..., in]` -> `[..., out]`, in the dtype of x."""
         rows = x.reshape(-1, self.in_features).to(self.weight_dtype)
-        state = [getattr(self, name) for name in self._state_names]
-        out = operator.linear(rows, state, self._state_names, self._factory, self.out_features)
-        if self.bias is not None:
-            out = out + self.bias
+        state = [getattr(self, name) for name in self.state_names]
+        out = operator.linear(rows, state, self.state_names, self.factory, self.out_features, self.bias)
         return out.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

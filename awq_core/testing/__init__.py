@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["ArchitectureConformance", "save_tiny", "tiny_tokenizer"]
+__all__ = ["ArchitectureConformance", "diagnose", "proof_error", "save_tiny", "tiny_tokenizer"]
 
 
 def __getattr__(name: str) -> Any:
@@ -15,6 +15,14 @@ def __getattr__(name: str) -> Any:
         from awq_core.testing.conformance import ArchitectureConformance
 
         return ArchitectureConformance
+    if name == "diagnose":
+        from awq_core.testing.diagnosis import diagnose
+
+        return diagnose
+    if name == "proof_error":
+        from awq_core.testing.wrong import proof_error
+
+        return proof_error
     if name in ("save_tiny", "tiny_tokenizer"):
         from awq_core.testing import tiny
 

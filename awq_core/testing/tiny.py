@@ -57,7 +57,10 @@ def tiny_weights(
             else:
                 parameter.copy_(1 + 0.3 * noise if name.endswith("weight") else 0.2 * noise)
     model.tie_weights()
-    return model.to(dtype).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():  # `model.to` would take the imaginary part of complex tables
+            tensor.data = tensor.data.to(dtype)
+    return model.eval()
 
 
 def save_tiny(

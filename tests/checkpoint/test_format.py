@@ -62,7 +62,7 @@ def test_an_ordinary_model_has_no_settings(config: dict[str, Any]) -> None:
         ({"quant_method": "gptq"}, "gptq, not awq"),
         ({"bits": 8}, "bits=8"),
         ({"bits": None}, "bits=None"),
-        ({"zero_point": False}, "zero_point=false"),
+        ({"zero_point": "no"}, "zero_point='no'"),
         ({"group_size": 0}, "group_size=0"),
         ({"group_size": "128"}, "group_size='128'"),
         ({"group_size": None}, "group_size=None"),

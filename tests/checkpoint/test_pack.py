@@ -155,3 +155,12 @@ def test_packed_linear_is_frozen() -> None:
     with pytest.raises(AttributeError):
         packed.scales = packed.scales  # type: ignore[misc]
     assert isinstance(packed, PackedLinear)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (7, 10), (64, 3000), (3000, 64)])
+def test_unpacking_in_parts_is_unpacking(shape: tuple[int, int]) -> None:
+    """Large matrices are unpacked some rows at a time."""
+    words = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    nibbles = torch.stack([(words >> 4 * i) & 15 for i in range(8)], dim=-1)
+    order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # the nibble that holds each column
+    assert torch.equal(unpack(words), nibbles[..., order].to(torch.uint8).flatten(1))

@@ -30,6 +30,12 @@ def test_text_and_speed(awq, quantized):
     assert line.startswith("12 tokens, ") and "tokens per second, first after" in line and line.endswith("on cpu")
 
 
+def test_fused(awq, quantized):
+    result = awq("generate", quantized, "--prompt", "def add(", "--max-new-tokens", 12, "--fuse")
+    assert result.stdout == greedy(quantized, "def add(", 12) + "\n"
+    assert "not fused: the plugin declares no fused blocks" in result.errors
+
+
 def test_json(awq, read_json, llama_source):
     data = read_json(awq("generate", llama_source, "--prompt", "x = ", "--max-new-tokens", 5, "--json"))
     assert data["text"] == greedy(llama_source, "x = ", 5)

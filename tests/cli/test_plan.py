@@ -3,11 +3,14 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 import awq_core
 from awq_core import QuantConfig
 from awq_core.cli.plan_text import describe
-from awq_core.hooks import Architecture, ComponentPolicy, LayerStack, ScaleGroup
+from awq_core.hooks import Architecture, ComponentPolicy, KernelBackend, LayerStack, ScaleGroup
+from awq_core.kernels.cpu import build
+from awq_core.kernels.survey import Runner, runners
 from awq_core.plan_types import BlockPlan, LinearPlan, Plan
 from awq_core.scale_groups import GroupPlan, Skip
 
@@ -22,11 +25,12 @@ def test_text(awq, llama_source):
     start = lines.index("  language blocks 0-1")
     assert lines[start + 1 : start + 5] == [
         "    input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj",
-        "    self_attn.v_proj -> self_attn.o_proj  [2 query heads share each scale]",
+        "    self_attn.v_proj -> self_attn.o_proj  [2 heads share each scale]",
         "    post_attention_layernorm -> mlp.gate_proj, mlp.up_proj",
         "    mlp.up_proj -> mlp.down_proj",
     ]
-    assert lines[-2:] == [
+    end = next(number for number, line in enumerate(lines) if line.startswith("kernels here"))
+    assert lines[end - 2 : end] == [
         "  1: outside every stack: output heads and small projections stay as they are",
         "    lm_head",
     ]
@@ -155,7 +159,9 @@ def test_groups_that_do_not_fit_the_model(awq, plugins, llama_source):
         (["--group-size", 48], "group_size=48 is not possible - try: one of 32, 64, 128, -1"),
         (["--bits", 3], "bits=3 is not possible"),
         (["--component", "vision=keep"], "the model has no component 'vision' - try: it has: language"),
-        (["--component", "vision=5bit"], "'vision=5bit' is not NAME=CHOICE, such as vision=keep or vision=4bit"),
+        (["--component", "vision=yes"], "component vision='yes' is not known; one of keep, 4bit"),
+        (["--component", "vision"], "'vision' is not NAME=CHOICE, such as vision=keep or vision=4bit"),
+        (["--component", "vision=8bit"], "component vision=8bit: an AWQ checkpoint holds 4-bit weights, other widths"),
         (["--component", "keep"], "'keep' is not NAME=CHOICE"),
         (["--component", "a=keep", "--component", "a=4bit"], "--component says both a=keep and a=4bit"),
         (["--no-clip", "--clip", "asymmetric"], "--no-clip and --clip asymmetric contradict one another"),
@@ -169,3 +175,68 @@ def test_usage(awq, llama_source, options, words):
 
 def test_no_such_folder(awq, tmp_path):
     assert "no such model folder" in awq("plan", tmp_path / "none", code=1).errors[-1]
+
+
+# -- the kernels of the result
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    monkeypatch.setattr(build, "library", lambda: "no C++ compiler: install g++")
+
+
+def kernels_shown(result):
+    lines = result.stdout.splitlines()
+    return lines[next(number for number, line in enumerate(lines) if line.startswith("kernels here")) :]
+
+
+def test_the_kernel_is_the_one_that_runs_the_result(awq, read_json, llama_source, quantized):
+    """What the plan names is what a loaded model has."""
+    from awq_core.runtime.linear import QuantLinear
+
+    running = read_json(awq("plan", llama_source, "--group-size", G, "--json"))["running"]
+    loaded = [one.backend for one in awq_core.load(quantized).modules() if isinstance(one, QuantLinear)]
+    assert (running["device"], running["dtype"]) == ("cpu", "float32")
+    assert {one["name"]: one["linears"] for one in running["kernels"]} == {loaded[0]: len(loaded)}
+
+
+def test_why_a_better_kernel_does_not_run_it(awq, llama_source, no_library):
+    assert kernels_shown(awq("plan", llama_source, "--group-size", G)) == [
+        "kernels here, on cpu in float32",
+        "  reference: 14 linears",
+        "    not cpu: no C++ compiler: install g++",
+        "    not int4pack: float32 activations would run a scalar loop; bfloat16 only",
+    ]
+
+
+def test_a_forced_kernel_is_named_as_forced(awq, llama_source, monkeypatch, no_library):
+    monkeypatch.setenv("AWQ_KERNEL", "reference")
+    lines = kernels_shown(awq("plan", llama_source, "--group-size", G))
+    assert lines[1:] == ["  reference: 14 linears (AWQ_KERNEL=reference)"]
+    monkeypatch.setenv("AWQ_KERNEL", "int4pack")
+    (line,) = kernels_shown(awq("plan", llama_source, "--group-size", G))[1:]
+    assert line.startswith("  none: 14 linears (no int4 kernel runs this linear: int4pack: float32 activations")
+
+
+class Narrow:
+    """Runs nothing wider than 64 inputs."""
+
+    def unsupported(self, packed, dtype):
+        return "too wide" if packed.qweight.shape[0] > 64 else ""
+
+
+def test_linears_of_one_model_may_run_on_different_kernels(monkeypatch):
+    from awq_core import kernels
+
+    monkeypatch.setitem(kernels._MADE, "made:up", Narrow())
+    narrow = KernelBackend(name="narrow", formats=("gemm",), devices=("cpu",), factory="made:up", priority=99)
+    reference, *_ = kernels.KERNEL_BACKENDS
+    shapes = [(64, 32, 32), (96, 64, 32), (64, 32, 32), (64, 64, 64)]
+    assert runners(shapes, torch.bfloat16, "cpu", (reference, narrow)) == (
+        Runner("narrow", 3, "", {}),
+        Runner("reference", 1, "", {"narrow": "too wide"}),
+    )
+
+
+def test_nothing_quantized_names_no_kernel(awq, llama_source):
+    assert "kernels here" not in awq("plan", llama_source, "--component", "language=keep").stdout

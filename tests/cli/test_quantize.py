@@ -204,3 +204,32 @@ def test_tokens_of_experts(tmp_path, capsys):
     result.reports = [reports[0], *reports[-2:]]
     tell(result)
     assert "were sent" not in capsys.readouterr().out
+
+
+def test_subsets_of_a_corpus(awq, llama_source, corpus, tmp_path):
+    rows = [{"text": text, "meta": {"pile_set_name": name}} for text in corpus for name in ("ArXiv", "Github", "Enron")]
+    path = tmp_path / "pile.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["--group-size", 32, "--no-clip", "--rounding", "nearest", "--samples", 4, "--seq-len", 64, "--json"]
+    options = ["--calib", path, "--calib-subsets", "arxiv,Github", "--calib-exclude", "GITHUB"]
+    out = tmp_path / "q"
+    done = json.loads(awq("quantize", llama_source, "--out", out, *common, *options).stdout.splitlines()[-1])
+    assert done["calibration"]["mixture"] == {"ArXiv": 256}
+    assert "pile.jsonl; ArXiv 100.0% of the tokens" in (out / "README.md").read_text()
+    recipe = (out / "recipe.yaml").read_text()
+    assert "# calibration mixture: ArXiv 100.0% of the tokens" in recipe
+    assert "calib_subsets: arxiv,Github\n" in recipe and "calib_exclude: GITHUB\n" in recipe
+    # The same texts alone calibrate to the same weights, and so does the recipe.
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus))
+    awq("quantize", llama_source, "--out", tmp_path / "a", *common, "--calib", alone)
+    awq("quantize", llama_source, "--out", tmp_path / "r", "--recipe", out / "recipe.yaml", "--calib", path)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("q", "a", "r")]
+    assert weights[0] == weights[1] == weights[2]
+
+
+def test_subsets_that_are_not_there(awq, llama_source, corpus_file, tmp_path):
+    out = ["--out", tmp_path / "q", "--group-size", 32]
+    assert "--calib, which is missing" in awq("quantize", llama_source, *out, "--calib-subsets", "A", code=2).stderr
+    named = awq("quantize", llama_source, *out, "--calib", corpus_file, "--calib-subsets", "A", code=1).errors[-1]
+    assert "names no subset (meta.pile_set_name)" in named

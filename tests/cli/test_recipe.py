@@ -17,8 +17,20 @@ from awq_core.cli.quantize import quantize
 from awq_core.cli.recipe import keys_of
 
 # What is no part of the recipe beside the weights: where it was written to, how it was told, and what others imply.
-NOT_SAVED = {"out", "json", "restart", "no_clip", "offload", "layers_per_batch", "target_bits", "target_size"}
+NOT_SAVED = {
+    "out",
+    "json",
+    "restart",
+    "no_clip",
+    "offload",
+    "layers_per_batch",
+    "target_bits",
+    "target_size",
+    "engine",
+    "address",
+}
 CONSENT = {"trust_remote_code"}
+GIVEN_ONLY = {"reuse", "infer", "calib_subsets", "calib_exclude"}  # saved where they were given
 
 
 @pytest.fixture
@@ -55,6 +67,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(
         awq_core, "plan", lambda model, **options: calls.append({"model": model, **options}) or Planned()
     )
+    monkeypatch.setattr("awq_core.cli.plan.kernels_here", lambda *opened: ("cpu", "float32", ()))
     return lambda result: calls[-1]
 
 
@@ -183,7 +196,7 @@ def test_json_asked_for_by_the_recipe_tells_the_error_too(awq, read_json, recipe
         ("components: {a: keep}", "r.yaml: unknown key 'components' - try: did you mean 'component'?"),
         ("modules_to_not_convert: [a]", "did you mean 'keep'?"),
         ("recipe: other.yaml", "r.yaml: unknown key 'recipe'"),
-        ("zzz: 1", "r.yaml: unknown key 'zzz' - try: known: bits, calib, "),
+        ("zzz: 1", "r.yaml: unknown key 'zzz' - try: known: address, bits, calib"),
         ("<<: {bits: 4}", "r.yaml: unknown key '<<'"),
         ("group_size: abc", "r.yaml: group_size: 'abc' is not a valid integer - try: "),
         ("group_size: 48", "r.yaml: group_size=48 is not possible - try: one of 32, 64, 128, -1"),
@@ -194,7 +207,7 @@ def test_json_asked_for_by_the_recipe_tells_the_error_too(awq, read_json, recipe
         ("clip: no", "r.yaml: clip: 'no' is not one of"),
         ("no_clip: maybe", "r.yaml: no_clip: 'maybe' is not a valid boolean"),
         ("{no_clip: true, clip: asymmetric}", "r.yaml: no_clip and clip: asymmetric contradict one another"),
-        ("component: {vision: 5bit}", "r.yaml: component: 'vision=5bit' is not NAME=CHOICE, such as vision=keep"),
+        ("component: {vision: 8bit}", "component vision=8bit: an AWQ checkpoint holds 4-bit weights"),
         ("component: {vision: }", "r.yaml: component: 'vision=' is not NAME=CHOICE"),
         ("component: [[vision]]", "r.yaml: component: a list is not possible here"),
         ("keep: {a: b}", "r.yaml: keep: a mapping is not possible here"),
@@ -319,7 +332,8 @@ def test_every_option_is_saved_or_known_not_to_be(awq, desk):
     awq("quantize", "MODEL", "--out", "q", "--calib", "corpus.txt", "--samples", 1, "--seq-len", 32, "--group-size", 32)
     saved = yaml.safe_load((desk / "q" / "recipe.yaml").read_text())
     assert set(saved) <= set(keys_of(quantize)), "a key that --recipe would refuse"
-    assert set(keys_of(quantize)) - set(saved) - CONSENT - {"reuse"} <= NOT_SAVED, "an option that the recipe forgets"
+    left = set(keys_of(quantize)) - set(saved) - CONSENT - GIVEN_ONLY
+    assert left <= NOT_SAVED, "an option that the recipe forgets"
 
 
 def test_no_folder_of_this_machine_is_saved(awq, desk):

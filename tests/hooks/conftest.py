@@ -66,8 +66,9 @@ def config():
 class Site:
     """A folder of installed distributions: real modules and real metadata, read by importlib_metadata."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
+        self.monkeypatch = monkeypatch
         self.modules: list[str] = []
 
     def add(self, family, source=None, *, dist=None, version="1.0", requires=(), model_types=None, module=None):
@@ -83,6 +84,7 @@ class Site:
                     stack = LayerStack(component="language", blocks="model.layers")
                     return [Architecture(family={family!r}, model_types={model_types or (family,)!r}, stacks=(stack,))]
             """
+        self.monkeypatch.delitem(sys.modules, module, raising=False)  # a real plugin of this name
         (self.folder / f"{module}.py").write_text(textwrap.dedent(source))
         info = self.folder / f"{dist.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
@@ -108,7 +110,7 @@ def site(tmp_path, monkeypatch):
     folder = tmp_path / "site"
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))
-    site = Site(folder)
+    site = Site(folder, monkeypatch)
     yield site
     for module in site.modules:
         sys.modules.pop(module, None)

@@ -13,7 +13,7 @@ import awq_core.hooks
 from awq_core.hooks import ComponentPolicy, LayerStack, presets
 from awq_core.hooks.manager import PluginManager
 from awq_core.hooks.signatures import HOOKS, implemented
-from awq_core.hooks.suggestions import MODEL_TYPES
+from awq_core.hooks.suggestions import suggest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/plugins/hooks.md").read_text()
@@ -172,5 +172,5 @@ def test_plugins_of_this_repository_are_suggested(manager, monkeypatch):
         monkeypatch.syspath_prepend(str(path.parents[1]))
         module = importlib.import_module(path.parent.name)
         info = manager.register(module, family, f"awq-plugin-{family}", "0")
-        missing += [f"{family}: {kind}" for kind in info.model_types if MODEL_TYPES.get(kind) != info.dist]
+        missing += [f"{family}: {kind}" for kind in info.model_types if suggest(kind) != info.dist]
     assert missing == [], "add these to FAMILIES in awq_core/hooks/suggestions.py"

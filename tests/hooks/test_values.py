@@ -73,7 +73,10 @@ def test_wrong_fields_are_named(value, wrong):
         (ScaleGroup(**GROUP, norm_offset="1"), "it: norm_offset is '1'; float is expected"),
         (ScaleGroup(**GROUP, norm_offset=True), "it: norm_offset is True; float is expected"),
         (ScaleGroup(**GROUP, optional=1), "it: optional is 1; bool is expected"),
-        (ScaleGroup(**GROUP, prev_rows="first"), "it: prev_rows is 'first'; 'all' or 'last' is expected"),
+        (
+            ScaleGroup(**GROUP, prev_rows="first"),
+            "it: prev_rows is 'first'; 'all' or 'last' or 'heads' or 'kv_heads' is expected",
+        ),
         (ScaleGroup(**GROUP, observe="norm"), ""),
         (ComponentPolicy(component="v", action="keep", bits=8), ""),
         (ComponentPolicy(component="v", action="keep", bits=True), "it: bits is True; int or None is expected"),

@@ -44,6 +44,16 @@ def test_it_agrees_with_the_reference(make, tokens, inputs, outputs, group_size)
     assert apart(got, reference.linear(x.float(), reference.prepare(case.packed, torch.float32))) < TOLERANCE
 
 
+@pytest.mark.parametrize("outputs", [512, 528, 1040])
+def test_it_is_laid_out_in_parts(make, outputs, monkeypatch):
+    """Some columns at a time, and all at once, are the same bytes."""
+    case, kernel = make(64, outputs, 32), Int4PackKernel()
+    parts = kernel.prepare(case.packed, torch.bfloat16)
+    monkeypatch.setattr(int4pack, "PREPARED", 1 << 20)
+    whole = kernel.prepare(case.packed, torch.bfloat16)
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
 @pytest.mark.parametrize("zero", [0, 7, 8, 15])
 def test_every_zero_point_is_the_right_one(make, zero):
     """One zero point everywhere: an offset by one would show in every output."""

@@ -117,9 +117,9 @@ def _units(x):
 
 def test_torch_finds_nothing_wrong_with_the_operator(linear):
     module, _ = linear
-    state = [getattr(module, name) for name in module._state_names]
+    state = [getattr(module, name) for name in module.state_names]
     x = activations(3, 128, dtype=module.weight_dtype).requires_grad_()
-    arguments = (x, state, module._state_names, module._factory, 48)
+    arguments = (x, state, module.state_names, module.factory, 48, module.bias)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     assert set(torch.library.opcheck(torch.ops.awq.linear.default, arguments, test_utils=tests).values()) == {"SUCCESS"}
     backward = (activations(3, 48, dtype=module.weight_dtype), *arguments[1:4], 128)
@@ -150,6 +150,24 @@ def test_a_kernel_of_another_process_is_made_when_it_is_asked_for(monkeypatch, m
     x, state = activations(2, 64), ReferenceKernel().prepare(packed, torch.float32)
     got = operator.linear(x, list(state.values()), list(state), factory, 16)
     torch.testing.assert_close(got, x @ dequantize(packed).T)
+
+
+class Adding(ReferenceKernel):
+    """A kernel that adds the bias itself, and shows it by adding it twice."""
+
+    def linear_bias(self, x, state, bias):
+        return self.linear(x, state) + 2 * bias
+
+
+@pytest.mark.parametrize(("kernel", "times"), [(ReferenceKernel, 1), (Adding, 2)])
+def test_a_kernel_that_can_adds_the_bias_itself(monkeypatch, make, kernel, times):
+    monkeypatch.setattr(kernels, "_MADE", {"here": kernel()})
+    case = make(64, 16, 32)
+    x, bias, state = activations(2, 64).requires_grad_(), activations(16), kernel().prepare(case.packed, torch.float32)
+    got = operator.linear(x, list(state.values()), list(state), "here", 16, bias.double())
+    assert got.dtype == x.dtype and apart(got.detach(), x.detach().double() @ case.weight.T + times * bias) < 1e-5
+    got.sum().backward()
+    assert apart(x.grad, case.weight.sum(0).expand(2, -1)) < 1e-5
 
 
 def test_a_factory_that_is_not_there_is_an_error(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Runs `triton_cases.py` in its own process: whether kernels are interpreted is settled when triton is imported."""
+"""Runs the cases in a process of their own: whether kernels are interpreted is settled when triton is imported."""
 
 import importlib.metadata
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-CASES = Path(__file__).with_name("triton_cases.py")
+CASES = [str(file) for file in sorted(Path(__file__).parent.glob("triton_*cases.py"))]
 
 
 def version(package):
@@ -21,7 +21,7 @@ def version(package):
 
 
 def run(**environment):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CASES]
     result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout

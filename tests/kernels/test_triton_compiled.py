@@ -25,9 +25,10 @@ if not all((TOOLS / tool).exists() for tool in ("ptxas", "cuobjdump", "nvdisasm"
 
 TARGETS = {"sm_80": "sm_80", "sm_89": "sm_89", "sm_90": "sm_90", "sm_100": "sm_100", "cdna": "gfx942"}
 POINTERS = {"tiles": "i16", "scales": "fp16", "zeros": "u8", "partial": "fp32", "arrived": "i32"}
-POINTERS |= {"experts": "i32", "pairs": "i32"}
-# Whole numbers that are not known to be multiples of 16.
-RAGGED = {"M", "blocks", "top_k"}
+POINTERS |= {"experts": "i32", "pairs": "i32", "weights": "fp32", "mask": "u8", "positions": "i64"}
+NUMBERS = dict.fromkeys(("eps", "offset", "scale", "softcap"), "fp32")
+# Numbers that are not known to be multiples of 16.
+RAGGED = {"M", "blocks", "top_k", "T", "L", "Hq", "Hkv", "heads", "mask_batch", "mask_cell", *NUMBERS}
 
 
 class Compiled(NamedTuple):
@@ -49,7 +50,7 @@ def compiled(kernel, target, dtype, constants, *, warps, stages, folder):
     kinds = {}
     for name in names:
         pointer = name.removesuffix("_ptr")
-        kinds[name] = f"*{POINTERS.get(pointer, dtype)}" if pointer != name else "i32"
+        kinds[name] = f"*{POINTERS.get(pointer, dtype)}" if pointer != name else NUMBERS.get(name, "i32")
     kinds |= dict.fromkeys(constants, "constexpr")
     even = {
         (at,): [["tt.divisibility", 16]]
@@ -258,3 +259,51 @@ def test_dequantize_spills_nothing(tmp_path, target):
 
     made = compiled(dequantize_kernel, target, "bf16", {"GROUP": 32}, warps=4, stages=1, folder=tmp_path)
     assert made.spilled == 0
+
+
+# -- the rest of a decoder block --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS.values())
+@pytest.mark.parametrize("width", [4096, 32768])
+def test_the_norm_spills_nothing(tmp_path, target, width):
+    from awq_core.kernels.triton.norm import rms_norm_kernel, warps_for
+
+    constants = {"WIDTH": width, "OFFSET": False, "BY_HAND": False}
+    made = compiled(rms_norm_kernel, target, "bf16", constants, warps=warps_for(width), stages=3, folder=tmp_path)
+    assert made.spilled == 0
+    assert not target.startswith("sm_") or re.search(r"LDG\S*\.128", made.code), "a row is not read 16 bytes at a time"
+
+
+@pytest.mark.parametrize("target", TARGETS.values())
+@pytest.mark.parametrize(("width", "turning"), [(128, 128), (80, 32)])
+def test_rotary_spills_nothing(tmp_path, target, width, turning):
+    from awq_core.kernels.triton.rotary import HEADS, rotary_kernel
+
+    constants = {"D": width, "R": turning, "WIDTH": 128, "HEADS": HEADS, "BY_HAND": False}
+    assert compiled(rotary_kernel, target, "bf16", constants, warps=2, stages=3, folder=tmp_path).spilled == 0
+
+
+@pytest.mark.parametrize("target", TARGETS.values())
+@pytest.mark.parametrize(
+    ("heads", "width", "changed"),
+    [
+        (4, 64, {}),
+        (8, 128, {}),
+        (8, 128, {"SPLIT": 1, "mask_ptr": None}),
+        (1, 80, {"CAPPED": True}),
+        (40, 256, {}),
+    ],
+    ids=str,
+)
+def test_attention_spills_nothing(tmp_path, target, heads, width, changed):
+    from awq_core.kernels.triton.attention import STAGES, WARPS, attention_kernel, sizes
+
+    padded, rows, cells = sizes(heads, width)
+    constants = {"D": width, "WIDTH": padded, "ROWS": rows, "CELLS": cells, "SPLIT": 8, "CAPPED": False}
+    constants |= {"BY_HAND": False} | changed
+    made = compiled(attention_kernel, target, "bf16", constants, warps=WARPS, stages=STAGES, folder=tmp_path)
+    assert made.spilled == 0, f"{made.spilled} spilled with {made.registers} registers"
+    assert ("HMMA" if target.startswith("sm_") else "v_mfma") in made.code
+    assert "HGMMA" not in made.code, "wgmma, which an old ptxas gets wrong"
+    assert not target.startswith("sm_") or re.search(r"LDGSTS\S*\.128", made.code), "the cache is not read ahead"

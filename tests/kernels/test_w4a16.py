@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from awq_core.checkpoint.pack import PackedLinear, dequantize, pack_linear
+from awq_core.checkpoint.pack import PackedLinear, dequantize, pack_linear, unpack
 from awq_core.kernels.cpu import build, w4a16
 from awq_core.kernels.cpu.w4a16 import W4A16Kernel
 from awq_core.kernels.reference import ReferenceKernel
@@ -38,6 +38,25 @@ def apart(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def activations(rows, inputs, dtype, seed=3):
     return torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("inputs", "outputs", "group_size"), SHAPES)
+def test_codes_lie_as_the_header_says(make, inputs, outputs, group_size, threads):
+    """codes[block, t], lane 2c + p, nibble j: column 16 · block + c, input 8t + 2j + p; columns past the last are 0."""
+    case, before = make(inputs, outputs, group_size, seed=outputs), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        words = W4A16Kernel().prepare(case.packed, torch.bfloat16)["codes"]
+    finally:
+        torch.set_num_threads(before)
+    assert words.shape == (-(-outputs // 32) * 2, inputs // 8, 32) and words.dtype == torch.int16
+    nibbles = torch.stack([(words >> 4 * j) & 15 for j in range(4)], dim=-2)  # [block, t, j, lane]
+    lanes = nibbles.unflatten(-1, (16, 2))  # [block, t, j, c, p]
+    found = lanes.permute(1, 2, 4, 0, 3).reshape(inputs, -1)
+    assert torch.equal(found[:, :outputs].to(torch.uint8), unpack(case.packed.qweight))
+    assert not found[:, outputs:].any()
 
 
 @needs_library

@@ -8,7 +8,7 @@ import triton.language as tl
 from awq_core.checkpoint.pack import dequantize as unpacked
 from awq_core.checkpoint.pack import pack_linear
 from awq_core.kernels import operator
-from awq_core.kernels.triton import backend
+from awq_core.kernels.triton import backend, tune
 from awq_core.kernels.triton.dequantize import dequantize
 from awq_core.kernels.triton.grouped import grouped_matmul, route, stack, tile_for
 from awq_core.kernels.triton.layout import interleave, tile
@@ -17,6 +17,7 @@ from awq_core.kernels.triton.planes import codes_of, zero_of
 from awq_core.kernels.triton.tiles import Tile
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda:0")
+FACTORY = "awq_core.kernels.triton.backend:TritonKernel"
 DTYPES = (torch.float16, torch.bfloat16)
 ULP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23}
 
@@ -243,6 +244,25 @@ def test_a_plane_of_every_word(plane, dtype, assembly):
     assert torch.equal(difference, want.double())
 
 
+# -- tuning -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_tile_is_timed_where_its_result_is_right(monkeypatch):
+    """With a clock that is made up; the products are real."""
+    shape = tune.Shape(72, 160, 32)
+    weight = tune.random_weight(shape, torch.float16, DEVICE)
+    calls = []
+    timer = lambda call: calls.append(call()) or 0.5  # noqa: E731
+    measure = tune.measurer(weight, shape, 5, torch.float16, timer)
+    torch.use_deterministic_algorithms(False)
+    assert measure(Tile(64, 8, 2, 2, 4)) == 0.5 and calls[0].shape == (5, 72)
+    wrong = lambda *a, **b: matmul(*a, **b) * 1.02  # noqa: E731
+    monkeypatch.setattr("awq_core.kernels.triton.matmul.matmul", wrong)
+    assert tune.measurer(weight, shape, 5, torch.float16, timer)(Tile(64, 8, 2, 2, 4)) == float("inf")
+    monkeypatch.setattr("awq_core.kernels.triton.matmul.matmul", lambda *a, **b: matmul(*a, **b) * float("nan"))
+    assert tune.measurer(weight, shape, 5, torch.float16, timer)(Tile(64, 8, 2, 2, 4)) == float("inf")
+
+
 # -- the backend ------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +281,10 @@ def test_the_backend_changes_over_at_many_tokens(make, dtype, monkeypatch):
         assert y.dtype == dtype and y.shape == (tokens, 40)
         want = x.cpu().double() @ case.weight.T
         torch.testing.assert_close(y.double().cpu(), want, rtol=2 * ULP[dtype], atol=0.1 if tokens > 5 else 1e-2)
+        bias = random(40, seed=2, dtype=dtype)
+        biased = operator.linear(x, list(state.values()), list(state), FACTORY, 40, bias)
+        want += bias.cpu().double()
+        torch.testing.assert_close(biased.double().cpu(), want, rtol=2 * ULP[dtype], atol=0.1 if tokens > 5 else 1e-2)
     used = []
     monkeypatch.setattr(backend, "dequantize", lambda *a: used.append(a) or dequantize(*a))
     kernel.linear(random(5, 128, dtype=dtype), state)
@@ -275,9 +299,9 @@ def test_the_backend_behind_the_operator(make, inputs):
     case = make(inputs, 40, 32)
     state = backend.TritonKernel().prepare(on_device(case.packed), torch.float16)
     x = random(3, inputs, dtype=torch.float16).requires_grad_()
-    factory = "awq_core.kernels.triton.backend:TritonKernel"
-    y = operator.linear(x, list(state.values()), list(state), factory, 40)
-    check(y.detach(), x.detach(), case.weight)
+    bias = random(40, seed=3, dtype=torch.float16)
+    y = operator.linear(x, list(state.values()), list(state), FACTORY, 40, bias)
+    check(y.detach(), x.detach(), case.weight, bias.double().cpu())
     dy = random(3, 40, seed=2, dtype=torch.float16)
     torch.use_deterministic_algorithms(False)
     y.backward(dy)

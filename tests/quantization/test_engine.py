@@ -63,13 +63,14 @@ def inputs_of(model, path, ids):
 def found_scales(monkeypatch):
     """Scales in the order they are found: per block q/k/v, o, gate/up, down."""
     found = []
-    search = scales.search
+    search = scales.search_all
 
     def spy(*args, **options):
-        found.append(search(*args, **options))
-        return found[-1]
+        results = search(*args, **options)
+        found.extend(results)
+        return results
 
-    monkeypatch.setattr(scales, "search", spy)
+    monkeypatch.setattr(scales, "search_all", spy)
     return found
 
 
@@ -253,4 +254,20 @@ def test_a_weight_read_without_a_call_is_named_with_its_remedy(tmp_path, ids, mo
     save_tiny(LlamaConfig(**TINY), source)
     monkeypatch.setattr(modeling_llama.LlamaModel, "forward", peeks)
     with pytest.raises(PlanError, match=r"does not call.*LayerStack\.prelude"):
+        api.quantize(source, tmp_path / "out", config=PLAIN, calibration=calibration({"input_ids": ids}))
+
+
+def test_inputs_sent_to_the_device_of_a_weight_not_read_yet_are_refused(tmp_path, ids, monkeypatch):
+    """`embed(ids.to(embed.weight.device))` gives no error by itself, but whatever the memory holds."""
+    from transformers.models.llama import modeling_llama
+
+    forward = modeling_llama.LlamaModel.forward
+
+    def sends(self, input_ids=None, **kwargs):
+        return forward(self, input_ids=input_ids.to(self.embed_tokens.weight.device), **kwargs)
+
+    source = tmp_path / "source"
+    save_tiny(LlamaConfig(**TINY), source)
+    monkeypatch.setattr(modeling_llama.LlamaModel, "forward", sends)
+    with pytest.raises(PlanError, match=r"calls model\.embed_tokens.*LayerStack\.prelude"):
         api.quantize(source, tmp_path / "out", config=PLAIN, calibration=calibration({"input_ids": ids}))

@@ -122,7 +122,7 @@ def test_too_few_tokens_are_said_and_greedy_flips_used_instead(generator):
     x, weight = correlated_layer(generator, tokens=255)
     statistics, grid = statistics_of(x), grid_of(weight, 32)
     prepared = gptq.prepare(statistics)
-    assert isinstance(prepared, gptq.TooFewTokens) and "255 tokens for 64 input channels" in prepared.note
+    assert isinstance(prepared, gptq.TooFewTokens) and "4 tokens an input channel" in prepared.note
     found = gptq.round_rows(weight, grid, DTYPE, prepared)
     expected = greedy.round_rows(weight, grid, DTYPE, greedy.prepare(statistics))
     assert torch.equal(found.codes, expected.codes) and found.flips == expected.flips > 0

@@ -20,6 +20,7 @@ from awq_core.hooks import Architecture, LayerStack, hookimpl, presets
 from awq_core.hooks.manager import PluginManager
 from awq_core.quantization import proof, scales
 from awq_core.quantization.fold import apply_to_block
+from awq_core.quantization.linear import Pending
 from awq_core.runtime.load import load
 from awq_core.scale_groups import resolve_groups
 from awq_core.shared_heads import SharedHeads
@@ -172,8 +173,8 @@ def tied(scale, shared):
 @pytest.mark.parametrize("shared", [SharedHeads(2, 16), SharedHeads(4, 32), SharedHeads(4, 8)])
 def test_what_is_found_is_tied_exactly_and_no_worse_than_none(generator, shared):
     x, weight = outlier_layer(generator)
-    found = scales.search(lambda: [weight], statistics_of(x), 64, torch.float16, shared)
-    free = scales.search(lambda: [weight], statistics_of(x), 64, torch.float16)
+    found = scales.search([Pending(weight)], statistics_of(x), 64, torch.float16, shared)
+    free = scales.search([Pending(weight)], statistics_of(x), 64, torch.float16)
     assert found.family != "identity" and not torch.equal(found.scale, torch.ones(128))
     assert tied(found.scale, shared) and not tied(free.scale, shared)
     assert found.loss <= found.loss_identity == free.loss_identity
@@ -185,7 +186,7 @@ def test_every_candidate_is_tied(generator, monkeypatch):
     monkeypatch.setattr(
         scales, "round_trip_loss", lambda w, scale, *rest: scored.append(scale) or loss(w, scale, *rest)
     )
-    scales.search(lambda: [weight], statistics_of(x), 64, torch.float16, shared)
+    scales.search([Pending(weight)], statistics_of(x), 64, torch.float16, shared)
     assert len(scored) > 2 * scales.GRID and all(tied(scale, shared) for scale in scored)
 
 
@@ -195,7 +196,7 @@ def test_a_channel_that_one_query_head_never_uses_has_the_others_scale(generator
     x[:, 5] *= 40
     x[:, 16 + 5] = 0  # the same value channel in the next query head
     x[:, [7, 16 + 7]] = 0  # dead in both
-    found = scales.search(lambda: [weight], statistics_of(x), 64, torch.float16, shared)
+    found = scales.search([Pending(weight)], statistics_of(x), 64, torch.float16, shared)
     assert found.scale[5] == found.scale[21] > 1.5
     assert found.scale[7] == found.scale[23] == 1 and tied(found.scale, shared)
 
@@ -203,7 +204,7 @@ def test_a_channel_that_one_query_head_never_uses_has_the_others_scale(generator
 def test_inputs_that_are_all_zero_give_the_identity(generator):
     statistics = Statistics(10, torch.zeros(64, 64), torch.zeros(64), torch.zeros(64))
     weight = torch.randn(8, 64, generator=generator)
-    found = scales.search(lambda: [weight], statistics, 32, torch.float16, SharedHeads(2, 16))
+    found = scales.search([Pending(weight)], statistics, 32, torch.float16, SharedHeads(2, 16))
     assert torch.equal(found.scale, torch.ones(64)) and found.family == "identity"
 
 

@@ -43,7 +43,8 @@ def test_the_rest_of_the_configuration_is_the_originals(quantized_llama, llama_s
 
 def test_the_folder_is_complete(quantized_llama, llama_source):
     names = {path.name for path in quantized_llama.iterdir()}
-    assert names == {path.name for path in llama_source.iterdir()} | {"README.md", "recipe.yaml", "calibration"}
+    made = {"README.md", "recipe.yaml", "awq_report.json", "calibration"}
+    assert names == {path.name for path in llama_source.iterdir()} | made
     assert (
         AutoTokenizer.from_pretrained(quantized_llama)("def")["input_ids"]
         == AutoTokenizer.from_pretrained(llama_source)("def")["input_ids"]

@@ -22,6 +22,7 @@ from awq_core.devices import dtype_name
 GROUPS = (128, 64, 32)
 OUT_MULTIPLE = 16
 INNER_K_TILES = 2
+PREPARED = 512  # columns laid out at a time
 CROSSOVER = 512  # rows, measured
 
 
@@ -41,11 +42,16 @@ class Int4PackKernel:
     def prepare(self, packed: PackedLinear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         group = next(group for group in GROUPS if packed.group_size % group == 0)
         repeat = packed.group_size // group
-        codes = unpack(packed.qweight).T.to(torch.int32).contiguous()  # [out, in]
         scales = packed.scales.float().repeat_interleave(repeat, 0)
         zeros = unpack(packed.qzeros).float().repeat_interleave(repeat, 0)
         pairs = torch.stack([scales, (8 - zeros) * scales], dim=-1).to(torch.bfloat16)  # [groups, out, 2]
-        weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, INNER_K_TILES)
+        inputs, outputs = packed.qweight.shape[0], packed.scales.shape[1]
+        weight = torch.empty(outputs, inputs // 2, dtype=torch.uint8)
+        # Torch wants one int32 a code; a few whole blocks of columns at a time keep that small.
+        for first in range(0, outputs, PREPARED):
+            codes = unpack(packed.qweight[:, first // 8 : (first + PREPARED) // 8]).T.to(torch.int32).contiguous()
+            part = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, INNER_K_TILES)
+            weight[first : first + PREPARED] = part
         return {"weight": weight, "pairs": pairs.contiguous(), "group": torch.tensor(group)}
 
     def linear(self, x: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -97,7 +97,38 @@ void dequantize_block(const Weight& w, long block, uint16_t* out, const Tables& 
     }
 }
 
+// The vector of one block and eight inputs from the checkpoint's words [inputs, columns / 8], where column c of eight lies
+// at bit 4 · {0, 4, 1, 5, 2, 6, 3, 7}[c]. The last block of an odd number of eights has one word, not two.
+inline __m512i gather(const uint32_t* words, long stride, bool two, __m512i shifts) {
+    __m512i vector = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        const __m512i low = _mm512_maskz_set1_epi32(0x00FF, int(words[i * stride]));
+        const __m512i both = two ? _mm512_mask_set1_epi32(low, 0xFF00, int(words[i * stride + 1])) : low;
+        const __m512i codes = _mm512_and_si512(_mm512_srlv_epi32(both, shifts), _mm512_set1_epi32(15));
+        vector = _mm512_or_si512(vector, _mm512_slli_epi32(codes, 4 * (i / 2) + 16 * (i % 2)));
+    }
+    return vector;
+}
+
 }  // namespace
+
+// The checkpoint's qweight [inputs, columns / 8] -> codes as w4a16.h has them, padded columns 0.
+extern "C" void awq_w4_arrange(const void* qweight, void* codes, long columns, long inputs, int threads) {
+    const long stride = columns / 8, vectors = inputs / 8, strip = 16;  // vectors of a block that are written in one go
+    const long blocks = (columns + 2 * COLUMNS - 1) / (2 * COLUMNS) * 2;
+    const __m128i order = _mm_setr_epi8(0, 16, 4, 20, 8, 24, 12, 28, 0, 16, 4, 20, 8, 24, 12, 28);
+    const __m512i shifts = _mm512_cvtepu8_epi32(order);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long first = 0; first < vectors; first += strip)
+        for (long block = 0; block < blocks; block++)
+            for (long t = first; t < std::min(first + strip, vectors); t++) {
+                const uint32_t* words = (const uint32_t*)qweight + t * 8 * stride + 2 * block;
+                const long here = stride - 2 * block;  // words that are left in the row
+                const __m512i vector = here > 0 ? gather(words, stride, here > 1, shifts) : _mm512_setzero_si512();
+                _mm512_storeu_si512((__m512i*)codes + block * vectors + t, vector);
+            }
+}
 
 // x bf16 [rows, inputs] · Wᵀ -> y [rows, columns], bf16 or fp32. `inputs` and `group` are multiples of 8.
 extern "C" void awq_w4a16(const void* codes, const void* scales, const void* zeros, const void* x, void* y, long rows,

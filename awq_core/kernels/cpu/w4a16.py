@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -47,15 +49,15 @@ class W4A16Kernel:
 
     def prepare(self, packed: PackedLinear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The layout at the top of `w4a16.cpp`, all integers: a later `model.to(dtype)` leaves them alone."""
-        codes = _padded(unpack(packed.qweight))
-        inputs, outputs = codes.shape
-        eight = codes.reshape(inputs // 8, 4, 2, outputs // COLUMNS, COLUMNS)  # [vector, nibble, parity, block, column]
-        halves = torch.stack([eight[:, 0] | eight[:, 1] << 4, eight[:, 2] | eight[:, 3] << 4], dim=-1)
+        inputs, outputs = packed.qweight.shape[0], packed.scales.shape[1]
+        words = packed.qweight.contiguous()
+        codes = torch.empty(-(-outputs // (2 * COLUMNS)) * 2, inputs // 8, 2 * COLUMNS, dtype=torch.int16)
+        _functions().arrange(words.data_ptr(), codes.data_ptr(), outputs, inputs, torch.get_num_threads())
         return {
-            "codes": halves.permute(2, 0, 3, 1, 4).contiguous().view(torch.int16).flatten(2),
+            "codes": codes,
             "scales": _blocks(packed.scales).view(torch.int16),
             "zeros": _blocks(unpack(packed.qzeros)),
-            "shape": torch.tensor([packed.scales.shape[1], inputs, int(packed.scales.dtype is torch.bfloat16)]),
+            "shape": torch.tensor([outputs, inputs, int(packed.scales.dtype is torch.bfloat16)]),
         }
 
     def linear(self, x: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -66,8 +68,7 @@ class W4A16Kernel:
         parts = _parts(x)
         y = torch.empty(parts.shape[0], outputs, dtype=torch.bfloat16 if x.dtype is torch.bfloat16 else torch.float32)
         if y.numel():
-            multiply, _ = _functions()
-            multiply(
+            _functions().multiply(
                 state["codes"].data_ptr(),
                 state["scales"].data_ptr(),
                 state["zeros"].data_ptr(),
@@ -88,8 +89,7 @@ class W4A16Kernel:
         outputs, inputs, bf16_scales = state["shape"].tolist()
         if dtype is torch.bfloat16:
             weight = torch.empty(outputs, inputs, dtype=dtype)
-            _, fill = _functions()
-            fill(
+            _functions().dequantize(
                 state["codes"].data_ptr(),
                 state["scales"].data_ptr(),
                 state["zeros"].data_ptr(),
@@ -121,26 +121,32 @@ def _parts(x: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _padded(values: torch.Tensor) -> torch.Tensor:
-    """`[rows, out]` with zeros up to whole pairs of blocks."""
-    return functional.pad(values, (0, -values.shape[1] % (2 * COLUMNS)))
-
-
 def _blocks(values: torch.Tensor) -> torch.Tensor:
-    """`[groups, out]` -> `[blocks, groups, 16]`."""
-    padded = _padded(values)
+    """`[groups, out]` -> `[blocks, groups, 16]`, with zeros up to whole pairs of blocks."""
+    padded = functional.pad(values, (0, -values.shape[1] % (2 * COLUMNS)))
     return padded.reshape(padded.shape[0], -1, COLUMNS).transpose(0, 1).contiguous()
 
 
+class Functions(NamedTuple):
+    """Those of `w4a16.cpp`, with their arguments declared."""
+
+    multiply: Callable[..., None]
+    dequantize: Callable[..., None]
+    arrange: Callable[..., None]
+
+
 @functools.cache
-def _functions():  # type: ignore[no-untyped-def]
-    """(multiply, dequantize) of the library, with their arguments declared."""
+def _functions() -> Functions:
     found = build.library()
     if isinstance(found, str):
         raise RuntimeError(f"the C++ kernel is not there: {found}")
     pointer, size, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-    multiply, fill = found.functions.awq_w4a16, found.functions.awq_w4_dequantize
-    multiply.argtypes = [*[pointer] * 5, *[size] * 4, *[flag] * 3]
-    fill.argtypes = [*[pointer] * 4, *[size] * 3, *[flag] * 2]
-    multiply.restype = fill.restype = None
-    return multiply, fill
+    made = Functions(found.functions.awq_w4a16, found.functions.awq_w4_dequantize, found.functions.awq_w4_arrange)
+    signatures = (
+        [*[pointer] * 5, *[size] * 4, *[flag] * 3],
+        [*[pointer] * 4, *[size] * 3, *[flag] * 2],
+        [*[pointer] * 2, *[size] * 2, flag],
+    )
+    for function, signature in zip(made, signatures, strict=True):
+        function.argtypes, function.restype = signature, None  # type: ignore[attr-defined]
+    return made

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
+from torch.nn import functional
 
 from awq_core.checkpoint.pack import PackedLinear
+from awq_core.kernels.triton import tuned
 from awq_core.kernels.triton.dequantize import dequantize
-from awq_core.kernels.triton.layout import GROUPS, TiledWeight, tile
+from awq_core.kernels.triton.grouped import grouped_matmul, route, tile_for
+from awq_core.kernels.triton.layout import GROUPS, TiledWeight, interleave_halves, tile
 from awq_core.kernels.triton.matmul import INTERPRETED, counter_pool, matmul
 from awq_core.kernels.triton.tiles import CROSSOVER, device_class
 
@@ -29,22 +34,60 @@ class TritonKernel:
 
     def prepare(self, packed: PackedLinear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         counter_pool(packed.qweight.device)
+        tuned.use_file_for(packed.qweight.device)
         tiled = tile(packed)
         # Its shape alone says how many inputs are no padding: no number has to come back from the GPU.
         inputs = tiled.tiles.new_empty(packed.qweight.shape[0], 0)
         return {"tiles": tiled.tiles, "scales": tiled.scales, "zeros": tiled.zeros, "inputs": inputs}
 
     def linear(self, x: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
-        if x.numel() // max(1, x.shape[-1]) >= CROSSOVER[device_class(x.device)[0]]:
-            return x @ self.dequantize(state, x.dtype).T
-        return matmul(x, _weight(state))
+        return self.linear_bias(x, state, None)
+
+    def linear_bias(self, x: torch.Tensor, state: dict[str, torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
+        """x · Wᵀ + bias, rounded once."""
+        if x.numel() // max(1, x.shape[-1]) < CROSSOVER[device_class(x.device)[0]]:
+            return matmul(x, _weight(state), bias=bias)
+        return functional.linear(x, self.dequantize(state, x.dtype), bias)
+
+    def interleave(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        made = interleave_halves(_weight(state))
+        return {"tiles": made.tiles, "scales": made.scales, "zeros": made.zeros, "inputs": state["inputs"]}
+
+    def gated_linear(self, x: torch.Tensor, state: dict[str, torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
+        """silu(gate) · up, rounded once; after the product where there are many tokens."""
+        if x.numel() // max(1, x.shape[-1]) < CROSSOVER[device_class(x.device)[0]]:
+            return matmul(x, _weight(state), bias=bias, swiglu=True)
+        gate, up = self.linear_bias(x, state, bias).unflatten(-1, (-1, 2)).unbind(-1)
+        return functional.silu(gate) * up
+
+    def stack(self, states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {name: torch.stack([one[name] for one in states]) for name in ("tiles", "scales", "zeros")} | {
+            "inputs": states[0]["inputs"]
+        }
+
+    def unstack(self, state: dict[str, torch.Tensor], expert: int) -> dict[str, torch.Tensor]:
+        return {name: tensor if name == "inputs" else tensor[expert] for name, tensor in state.items()}
+
+    def grouped_linear(self, x: torch.Tensor, state: dict[str, torch.Tensor], choices: torch.Tensor) -> torch.Tensor:
+        """The product over experts; one by one where each has many tokens."""
+        weight = _weight(state)
+        experts, pairs = len(weight.tiles), choices.numel()
+        if pairs >= experts * CROSSOVER[device_class(x.device)[0]]:
+            rows = x if len(x) == pairs else x.repeat_interleave(choices.shape[1], 0)
+            y = x.new_empty(pairs, weight.out_features)
+            for expert in range(experts):
+                mine = (choices.flatten() == expert).nonzero().flatten()
+                y[mine] = rows[mine] @ self.dequantize(self.unstack(state, expert), x.dtype).T
+            return y
+        tile = tile_for(x.device, x.dtype, weight, pairs)
+        return grouped_matmul(x, weight, route(choices, experts, tile.tokens), tile)
 
     def dequantize(self, state: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in]."""
         return dequantize(_weight(state), len(state["inputs"]), dtype)
 
     def detail(self) -> str:
-        return f"triton {triton.__version__}, tiles not tuned"
+        return f"triton {triton.__version__}, {tuned.describe()}"
 
 
 def _weight(state: dict[str, torch.Tensor]) -> TiledWeight:

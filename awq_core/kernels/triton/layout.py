@@ -107,3 +107,14 @@ def interleave(gate: PackedLinear, up: PackedLinear) -> PackedLinear:
         qzeros=pack(rows(unpack(gate.qzeros), unpack(up.qzeros))),
         scales=rows(gate.scales, up.scales),
     )
+
+
+def interleave_halves(weight: TiledWeight) -> TiledWeight:
+    """The same for one weight with gate's rows first and up's after them, tiled already."""
+    count = weight.out_features
+    order = torch.arange(count, device=weight.tiles.device).view(2, -1).T.flatten()
+    rows = weight.tiles.transpose(1, 2).flatten(0, 1)  # [⌈N/64⌉ · 64, blocks, words]
+    moved = torch.zeros_like(rows)
+    moved[:count] = rows[order]
+    tiles = moved.unflatten(0, (-1, ROWS)).transpose(1, 2).contiguous()
+    return TiledWeight(tiles, weight.scales[:, order], weight.zeros[:, order])

@@ -5,7 +5,7 @@ tokens, the block of y a program computes, its warps and its pipeline stages. Th
 programs to keep every multiprocessor busy, each with enough blocks of inputs to be worth its start.
 
 **Not measured.** The defaults come from the compiled code alone (instructions a weight, registers, bytes in flight);
-`docs/triton.md` has the figures. What is measured on a machine goes into `TUNED`, which is looked up first.
+`docs/triton.md` has the figures. What `awq tune` measures on a machine goes into `TUNED`, which is looked up first.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ DEFAULTS: dict[str, dict[int, tuple[int, int, int]]] = {
     INTERPRETER: {8: (64, 4, 1), 16: (64, 4, 1), 32: (64, 4, 1), 64: (64, 4, 1)},
 }
 
-# (device class, dtype, outputs, inputs, group, bucket) -> what was measured to be best there.
-TUNED: dict[tuple[str, torch.dtype, int, int, int, int], Tile] = {}
+# Device class, dtype, outputs, inputs, group, bucket -> what `awq tune` measured to be best there (`tuned.py`).
+Key = tuple[str, torch.dtype, int, int, int, int]
+TUNED: dict[Key, Tile] = {}
 
 # From this many tokens on, dequantize and `torch.mm`. Not measured: 256 is where vLLM's Triton path changes over.
 CROSSOVER = dict.fromkeys(DEFAULTS, 256)
@@ -73,10 +74,18 @@ def choose(
         device, multiprocessors: what `device_class` says.
         group: inputs that share a scale, 0 for a whole row.
     """
+    default = choose_default(device, multiprocessors, outputs, inputs, group, tokens)
+    tuned = TUNED.get((device, dtype, outputs, inputs, group, default.tokens))
+    if tuned is None:
+        return default
+    # Measured for one block of tokens; with more of them there are as many times more programs.
+    return tuned if tokens <= tuned.tokens else replace(tuned, split=min(tuned.split, default.split))
+
+
+def choose_default(device: str, multiprocessors: int, outputs: int, inputs: int, group: int, tokens: int) -> Tile:
+    """The shipped tile, without regard to what was tuned."""
     table = DEFAULTS[device]
     bucket = next((size for size in table if tokens <= size), max(table))
-    if tuned := TUNED.get((device, dtype, outputs, inputs, group, bucket)):
-        return tuned
     rows, warps, stages = table[bucket]
     if group in (32, 64) and bucket == 64:
         rows = 64  # a sum of the group beside that of the row: for 128 rows too many registers

@@ -1,7 +1,8 @@
-"""LLaVA, LLaVA-NeXT and LLaVA-OneVision: a vision tower, a projector, and somebody else's language model.
+"""The LLaVA family: a vision tower, a projector, and somebody else's language model.
 
 The scale groups of the language blocks come from the plugin that owns the text model (`groups_from`), so LLaVA on
-Mistral needs `awq-plugin-mistral` installed beside this one.
+Mistral needs `awq-plugin-mistral` installed beside this one. LLaVA-NeXT-Video and LLaVA-OneVision send frames through
+the tower for images; Video-LLaVA has two, the one for frames is a component of its own, "video".
 """
 
 from awq_core.hooks import Architecture, ComponentPolicy, LayerStack, hookimpl
@@ -10,26 +11,45 @@ LANGUAGE = LayerStack(component="language", blocks="model.language_model.layers"
 PROJECTOR = LayerStack(component="projector", blocks="model.multi_modal_projector")
 # CLIP and SigLIP towers keep their blocks in one place, Pixtral's in another.
 VISION_PATHS = ("model.vision_tower.encoder.layers", "model.vision_tower.transformer.layers")
+HEAD = "model.vision_tower.head"  # SigLIP's: its attention reads a weight without calling it
+POLICIES = (
+    ComponentPolicy(component="language", action="quantize"),
+    ComponentPolicy(component="vision", action="keep", reason="a few percent of the weights, and sensitive"),
+    ComponentPolicy(component="projector", action="keep", reason="every image token passes through it"),
+)
 
 LLAVA = Architecture(
     family="llava",
-    model_types=("llava", "llava_next", "llava_onevision"),
+    model_types=("llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava"),
     stacks=(LayerStack(component="vision", blocks=VISION_PATHS[0]), PROJECTOR, LANGUAGE),
+    components=POLICIES,
+)
+VIDEO_LLAVA = Architecture(
+    family="llava",
+    model_types=("video_llava",),
+    stacks=(
+        LayerStack(component="vision", blocks="model.image_tower.encoder.layers"),
+        LayerStack(component="video", blocks="model.video_tower.encoder.layers"),
+        PROJECTOR,
+        LANGUAGE,
+    ),
     components=(
-        ComponentPolicy(component="language", action="quantize"),
-        ComponentPolicy(component="vision", action="keep", reason="a few percent of the weights, and sensitive"),
-        ComponentPolicy(component="projector", action="keep", reason="every image token passes through it"),
+        *POLICIES,
+        ComponentPolicy(component="video", action="keep", reason="a few percent of the weights, and sensitive"),
     ),
 )
 
 
 @hookimpl
 def awq_architectures():
-    return (LLAVA,)
+    return (LLAVA, VIDEO_LLAVA)
 
 
 @hookimpl
 def awq_layer_stacks(arch, model):
+    if arch is VIDEO_LLAVA:
+        return None
     names = {name for name, _ in model.named_modules()}
     vision = next((path for path in VISION_PATHS if path in names), VISION_PATHS[0])
-    return (LayerStack(component="vision", blocks=vision), PROJECTOR, LANGUAGE)
+    prelude = (HEAD,) if HEAD in names else ()
+    return (LayerStack(component="vision", blocks=vision, prelude=prelude), PROJECTOR, LANGUAGE)

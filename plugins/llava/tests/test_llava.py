@@ -1,4 +1,6 @@
-"""LLaVA on three language models, each owned by its own plugin, with CLIP, SigLIP and Pixtral towers."""
+"""LLaVA and its successors on three language models, each owned by its own plugin, with CLIP, SigLIP and Pixtral
+towers. Processors are transformers' own where they can be built: those of LLaVA-NeXT-Video, LLaVA-OneVision and
+Video-LLaVA want torchvision for their frames, so LLaVA-NeXT's and LLaVA's stand in, which lay out images alike."""
 
 import pytest
 import torch
@@ -10,12 +12,18 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaNextVideoConfig,
     LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessorPil,
     LlavaProcessor,
     MistralConfig,
     PixtralVisionConfig,
     Qwen2Config,
     SiglipVisionConfig,
+    VideoLlavaConfig,
+    VipLlavaConfig,
 )
 
 import awq_plugin_llava
@@ -47,13 +55,42 @@ TOWER = {
     "image_size": 16,
     "patch_size": 4,
 }
-IMAGE = 2  # id of "<image>" in the kit's tiny tokenizer
+IMAGE, VIDEO = 2, 6  # ids of "<image>" and "<|video_pad|>" in the kit's tiny tokenizer
+GRID = [[16, 32], [32, 16]]
 
 
 def llava(**options):
     return LlavaConfig(
         vision_config=CLIPVisionConfig(**TOWER), text_config=LlamaConfig(**TINY), image_token_index=IMAGE, **options
     )
+
+
+def llava_next(config=LlavaNextConfig, **options):
+    vision, text = CLIPVisionConfig(**TOWER), MistralConfig(**TINY)
+    return config(vision_config=vision, text_config=text, image_token_index=IMAGE, image_grid_pinpoints=GRID, **options)
+
+
+def llava_onevision():
+    return LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**TOWER),
+        text_config=Qwen2Config(**TINY),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=GRID,
+        vision_feature_layer=-1,
+    )
+
+
+def vipllava():
+    vision, text = CLIPVisionConfig(**TOWER), LlamaConfig(**TINY)
+    return VipLlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layers=[-2, -1]
+    )
+
+
+def video_llava():
+    vision, text = CLIPVisionConfig(**TOWER), LlamaConfig(**TINY)
+    return VideoLlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, video_token_index=VIDEO)
 
 
 class TestLlava(ArchitectureConformance):
@@ -70,19 +107,11 @@ class TestLlava(ArchitectureConformance):
                 vision_feature_layer=-1,
                 vision_feature_select_strategy="full",
             ),
-            "llava_next-mistral": LlavaNextConfig(
-                vision_config=CLIPVisionConfig(**TOWER),
-                text_config=MistralConfig(**TINY),
-                image_token_index=IMAGE,
-                image_grid_pinpoints=[[16, 32], [32, 16]],
-            ),
-            "llava_onevision-qwen": LlavaOnevisionConfig(
-                vision_config=SiglipVisionConfig(**TOWER),
-                text_config=Qwen2Config(**TINY),
-                image_token_index=IMAGE,
-                image_grid_pinpoints=[[16, 32], [32, 16]],
-                vision_feature_layer=-1,
-            ),
+            "llava_next-mistral": llava_next(),
+            "llava_next_video-mistral": llava_next(LlavaNextVideoConfig, video_token_index=VIDEO),
+            "llava_onevision-qwen": llava_onevision(),
+            "vipllava-llama": vipllava(),
+            "video_llava-llama": video_llava(),
         }
 
 
@@ -99,21 +128,69 @@ def pictures(tmp_path):
     return folder
 
 
+SIDE = {"height": 16, "width": 16}
+OPTIONS = {"patch_size": 4, "image_token": "<image>"}
+CLASS_TOKEN = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+
+
+def one_tile():
+    images = CLIPImageProcessorPil(size=SIDE, crop_size=SIDE)
+    return LlavaProcessor(image_processor=images, tokenizer=tiny_tokenizer(), **OPTIONS, **CLASS_TOKEN)
+
+
+def tiles():
+    images = LlavaNextImageProcessorPil(size=SIDE, crop_size=SIDE, image_grid_pinpoints=GRID)
+    return LlavaNextProcessor(image_processor=images, tokenizer=tiny_tokenizer(), **OPTIONS, **CLASS_TOKEN)
+
+
+def tiles_without_class_token():
+    images = LlavaOnevisionImageProcessorPil(size=SIDE, image_grid_pinpoints=GRID)
+    strategy = {"vision_feature_select_strategy": "full"}
+    return LlavaNextProcessor(image_processor=images, tokenizer=tiny_tokenizer(), **OPTIONS, **strategy)
+
+
 @pytest.fixture
 def source(tmp_path):
     """A tiny LLaVA with its own processor, as a checkpoint folder."""
     folder = tmp_path / "source"
     save_tiny(llava(), folder)
-    side = {"height": 16, "width": 16}
-    LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size=side, crop_size=side),
-        tokenizer=tiny_tokenizer(),
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-    ).save_pretrained(folder)
+    one_tile().save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "processor"),
+    [
+        (llava_next(), tiles),
+        (llava_next(LlavaNextVideoConfig, video_token_index=VIDEO), tiles),
+        (llava_onevision(), tiles_without_class_token),
+        (vipllava(), one_tile),
+        (video_llava(), one_tile),
+    ],
+    ids=["llava_next", "llava_next_video", "llava_onevision", "vipllava", "video_llava"],
+)
+def test_images_through_the_whole_road(config, processor, pictures, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_tiny(config, source)
+    processor().save_pretrained(source)
+    settings = QuantConfig(group_size=32, components={"vision": "4bit", "projector": "4bit"})
+    result = api.quantize(source, out, config=settings, calibration=str(pictures), samples=4)
+    by_part = {
+        part: [report for report in result.reports if part in report.name]
+        for part in ("image_tower", "video_tower", "vision_tower", "multi_modal_projector", "language_model")
+    }
+    assert len(by_part["image_tower"] + by_part["vision_tower"]) == 3 * 6 and not by_part["video_tower"]
+    assert len(by_part["multi_modal_projector"]) == 2
+    assert len(by_part["language_model"]) == 14
+    assert all(report.tokens == result.calibration.tokens > 4 * 16 for report in by_part["language_model"])
+
+    mine, model, unpacked = AutoProcessor.from_pretrained(out), api.load(out), api.load(out, fake_quant=True)
+    batch = mine(text="<image>what is it?", images=Image.open(pictures / "0.png"), return_tensors="pt")
+    with torch.no_grad():
+        got, want = model(**batch).logits, unpacked(**batch).logits
+    assert float((got - want).norm() / want.norm()) < 1e-4
+    made = model.generate(**batch, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert made.shape[1] > batch["input_ids"].shape[1]
 
 
 def test_calibration_with_images_and_generation_from_one(source, pictures, tmp_path):

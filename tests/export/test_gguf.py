@@ -1,0 +1,457 @@
+"""GGUF: read back by the `gguf` package, which shares no code with the writer here but the file's layout; and run in
+llama.cpp where llama-cpp-python is installed."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import awq_core
+from awq_core.checkpoint.pack import dequantize, pack_linear
+from awq_core.errors import CheckpointError, ConfigError, NumericsError
+from awq_core.export.formats import export_checkpoint
+from awq_core.export.gguf_architectures import KNOWN, known, paired_rows, rope_factors
+from awq_core.export.gguf_blocks import Fidelity, q4_1
+from awq_core.export.gguf_tokenizer import leading_space, pre, scores
+
+gguf = pytest.importorskip("gguf")
+ROOT = Path(__file__).parents[2]
+TEXTS = ("def read_json(path):\n", "import os\nclass  Foo:\n    '''x's   12345 é 日本 '''\n\n\n\treturn", " ", "WE'RE")
+
+
+def packed_linear(scale, zeros, rows=128, group=32, dtype=torch.float16):
+    codes = torch.randint(0, 16, (len(scale), rows), generator=torch.Generator().manual_seed(0))
+    return codes, pack_linear(codes, scale, zeros, dtype)
+
+
+def decoded(array):
+    return torch.from_numpy(gguf.quants.dequantize(array, gguf.GGMLQuantizationType.Q4_1))
+
+
+# -- blocks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_steps_that_float16_holds_are_exact(group):
+    """Powers of two times any zero point."""
+    shape = (8, 128 // group)
+    generator = torch.Generator().manual_seed(1)
+    zeros = torch.randint(0, 16, shape, generator=generator)
+    _, packed = packed_linear(2.0 ** torch.randint(-9, 2, shape, generator=generator), zeros, group=group)
+    array, fidelity = q4_1("a", packed)
+    assert array.shape == (8, 80)
+    assert torch.equal(decoded(array), dequantize(packed))
+    assert fidelity == Fidelity(blocks=32) and "exact" in str(fidelity)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_fidelity_that_is_told_is_the_one_there_is(dtype):
+    generator = torch.Generator().manual_seed(2)
+    zeros = torch.randint(0, 16, (64, 4), generator=generator)
+    codes, packed = packed_linear(torch.rand(64, 4, generator=generator) / 7, zeros, dtype=dtype)
+    array, fidelity = q4_1("a", packed)
+    steps = packed.scales.t().float().repeat_interleave(32, 1)
+    off = ((decoded(array) - dequantize(packed)) / steps).abs().reshape(64, 4, 32)
+    assert 0 < fidelity.rounded < 256 and fidelity.rounded >= int((off.amax(-1) > 1e-5).sum())
+    # Both sums are rounded in float32, a step of which is a part in 2**20 of ours here.
+    assert off.max() <= fidelity.worst + 1e-5 and off.max() > 0.9 * fidelity.worst
+    assert fidelity.worst < 15 / 2**11 + 1e-6
+    found = (array.reshape(64, 4, 20)[..., 4:, None] >> np.array([0, 4], dtype=np.uint8)) & 15
+    assert np.array_equal(found.transpose(0, 1, 3, 2).reshape(64, 128), codes.numpy())
+    assert f"{fidelity.worst:.1%}" in str(fidelity)
+
+
+def test_what_float16_cannot_hold(one_line):
+    _, packed = packed_linear(torch.full((8, 4), 1e5), torch.full((8, 4), 3), dtype=torch.bfloat16)
+    with pytest.raises(NumericsError) as caught:
+        q4_1("layers.0.q", packed)
+    one_line(caught.value, "layers.0.q", "float16")
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def opened(folder):
+    reader = gguf.GGUFReader(folder / "model.gguf")
+    return (
+        {one.name: (one.tensor_type.name, gguf.quants.dequantize(one.data, one.tensor_type)) for one in reader.tensors},
+        {name: field.contents() for name, field in reader.fields.items()},
+    )
+
+
+@pytest.fixture(scope="module")
+def exported(quantized_pycoder, tmp_path_factory):
+    """exported("gguf"): the folder of that export. Never change it."""
+    folder, made = tmp_path_factory.mktemp("gguf"), {}
+
+    def export(to):
+        if to not in made:
+            made[to] = export_checkpoint(quantized_pycoder, folder / to, to).out
+        return made[to]
+
+    return export
+
+
+def meta_order(weight, heads):
+    """Rows of a rotary projection as Meta's first code had them: real and imaginary parts in turn. Row by row."""
+    width = len(weight) // heads
+    rows = [
+        head * width + half * width // 2 + pair
+        for head in range(heads)
+        for pair in range(width // 2)
+        for half in (0, 1)
+    ]
+    return weight[rows]
+
+
+HEADS = {"attn_q": 4, "attn_k": 2}
+PLACES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("to", ["gguf", "gguf-fp16"])
+def test_every_tensor(quantized_pycoder, exported, to):
+    tensors, _ = opened(exported(to))
+    model = awq_core.load(quantized_pycoder, fake_quant=True, dtype="float32")
+    expected = {"token_embd.weight": ("BF16", model.get_input_embeddings().weight)}
+    expected["output_norm.weight"] = ("F32", model.model.norm.weight)
+    for layer in range(6):
+        for ours, theirs in PLACES.items():
+            weight = model.get_submodule(f"model.layers.{layer}.{ours}").weight
+            kind = "F32" if "norm" in ours else "Q4_1" if to == "gguf" else "F16"
+            weight = meta_order(weight, HEADS[theirs]) if theirs in HEADS else weight
+            expected[f"blk.{layer}.{theirs}.weight"] = (kind, weight)
+    assert set(tensors) == set(expected)
+    for name, (kind, weight) in expected.items():
+        assert tensors[name][0] == kind, name
+        found = torch.from_numpy(np.array(tensors[name][1], dtype=np.float32))
+        assert found.shape == weight.shape
+        if kind in ("BF16", "F32"):
+            assert torch.equal(found, weight), name
+        else:  # float16 rounds to a part in 2**11: a weight, or the minimum of a block, which is 15 steps at most
+            torch.testing.assert_close(found, weight.data, rtol=0, atol=float(weight.abs().max()) * 2**-10)
+
+
+def test_metadata_and_tokenizer(quantized_pycoder, exported):
+    _, fields = opened(exported("gguf"))
+    config = json.loads((quantized_pycoder / "config.json").read_text())
+    told = {
+        "block_count": "num_hidden_layers", "embedding_length": "hidden_size",
+        "feed_forward_length": "intermediate_size",
+        "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+        "context_length": "max_position_embeddings", "attention.key_length": "head_dim", "vocab_size": "vocab_size",
+    }  # fmt: skip
+    assert fields["general.architecture"] == "llama"
+    assert {name: fields[f"llama.{name}"] for name in told} == {name: config[key] for name, key in told.items()}
+    assert fields["llama.rope.freq_base"] == 10000
+    assert fields["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+
+    tokenizer = AutoTokenizer.from_pretrained(quantized_pycoder)
+    assert fields["tokenizer.ggml.tokens"] == tokenizer.convert_ids_to_tokens(range(4096))
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    data = json.loads((quantized_pycoder / "tokenizer.json").read_text())
+    assert fields["tokenizer.ggml.merges"] == [" ".join(merge) for merge in data["model"]["merges"]]
+    assert fields["tokenizer.ggml.token_type"] == [3] + [1] * 4095
+    assert fields["tokenizer.ggml.eos_token_id"] == 0 and not fields["tokenizer.ggml.add_bos_token"]
+
+
+def test_the_folder(quantized_pycoder, exported):
+    made = exported("gguf")
+    assert {path.name for path in made.iterdir()} == {"model.gguf", "config.json", "README.md"}
+    card = (made / "README.md").read_text()
+    assert "Q4_1" in card and "of a step" in card
+    # Five bits a weight in place of 4.6 for groups of 32.
+    assert (made / "model.gguf").stat().st_size < 1.15 * (quantized_pycoder / "model.safetensors").stat().st_size
+
+
+def quantized(config, folder, group_size=32):
+    """A tiny model with the demo model's tokenizer."""
+    from awq_core.testing import save_tiny
+
+    save_tiny(config, folder / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "source" / name).write_bytes((ROOT / "examples" / "pycoder" / name).read_bytes())
+    settings = awq_core.QuantConfig(group_size=group_size, scale=False, clip="none")
+    awq_core.quantize(folder / "source", folder / "DIR", config=settings)
+    return folder / "DIR"
+
+
+def test_groups_that_are_no_blocks_are_multiplied_out(tmp_path, llama_config):
+    folder = quantized(llama_config(vocab_size=4096, hidden_size=48, intermediate_size=80), tmp_path, group_size=-1)
+    tensors, _ = opened(export_checkpoint(folder, tmp_path / "x", "gguf").out)
+    kind, found = tensors["blk.1.ffn_down.weight"]
+    assert kind == "F16"
+    weight = awq_core.load(folder, fake_quant=True, dtype="float16").model.layers[1].mlp.down_proj.weight
+    assert np.array_equal(found, weight.detach().float().numpy())
+
+
+def test_another_layout_makes_the_same_file(quantized_pycoder, exported, tmp_path):
+    other = export_checkpoint(quantized_pycoder, tmp_path / "gptq", "gptq_v2").out
+    ours, theirs = (
+        {one.name: one.data.tobytes() for one in gguf.GGUFReader(folder / "model.gguf").tensors}
+        for folder in (exported("gguf"), export_checkpoint(other, tmp_path / "x", "gguf").out)
+    )
+    assert ours == theirs
+
+
+def test_refusals(tmp_path, llama_config, tiny_options, quantized_llama, monkeypatch, one_line):
+    from transformers import OPTConfig
+
+    def refusal(folder, kind=CheckpointError):
+        with pytest.raises(kind) as caught:
+            export_checkpoint(folder, tmp_path / "x", "gguf")
+        assert not (tmp_path / "x").exists()
+        return caught.value
+
+    one_line(refusal(quantized_llama), "WordLevel")
+    options = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 4096}
+    one_line(refusal(quantized(OPTConfig(**options, word_embed_proj_dim=64), tmp_path / "opt")), "opt", "scaled-fp16")
+    other = llama_config(vocab_size=4096, num_hidden_layers=1, hidden_act="gelu")
+    one_line(refusal(quantized(other, tmp_path / "gelu")), "gelu")
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    other = llama_config(vocab_size=4096, num_hidden_layers=1, rope_parameters=rope)
+    one_line(refusal(quantized(other, tmp_path / "rope")), "dynamic")
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else found(name, *rest))
+    one_line(refusal(quantized_llama, ConfigError), "awq-core[gguf]")
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_change_places_and_back():
+    weight = torch.arange(48)
+    assert torch.equal(weight[paired_rows(3, 48)], meta_order(weight, 3))
+
+
+def test_rope_factors_are_transformers(llama_config):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    config = llama_config(head_dim=128, rope_parameters=rope, max_position_embeddings=131072)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 500000.0 ** (-torch.arange(0, 128, 2) / 128)
+    torch.testing.assert_close(rope_factors(config), plain / scaled, rtol=1e-4, atol=1e-4)
+    assert rope_factors(llama_config()) is None
+
+
+# -- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def bytes_after(*patterns, normalizer=None, **model):
+    steps = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in patterns]
+    steps.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": not patterns})
+    return {"normalizer": normalizer, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": model}
+
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def test_names_of_patterns(one_line):
+    assert pre(bytes_after()) == "gpt-2"
+    assert pre(bytes_after(LLAMA3, ignore_merges=True)) == "llama-bpe"
+    assert pre(bytes_after(LLAMA3)) == "smaug-bpe"
+    assert pre(bytes_after(LLAMA3.replace("{1,3}", ""), normalizer={"type": "NFC"})) == "qwen2"
+    for other in (bytes_after("."), bytes_after(normalizer={"type": "Lowercase"})):
+        with pytest.raises(CheckpointError) as caught:
+            pre(other)
+        one_line(caught.value, "tokenizer")
+
+
+def test_scores_are_ranks():
+    assert scores(["a", "b", "ab", "abb"], [["a", "b"], "ab b"]) == [-2, -2, 0, -1]
+    space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    assert leading_space({"pre_tokenizer": space})
+    assert not leading_space({"pre_tokenizer": {**space, "prepend_scheme": "never"}})
+    assert leading_space({"normalizer": {"type": "Prepend", "prepend": "\u2581"}})
+
+
+def sentencepiece_like(folder):
+    """A tokenizer with byte fallback and every merge, as transformers makes it of sentencepiece's BPE."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    texts = (ROOT / "README.md").read_text().splitlines()
+    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, special_tokens=first, show_progress=False))
+    vocab = trained.get_vocab()
+    pieces = sorted(vocab, key=vocab.__getitem__)
+    merges = [(p[:i], p[i:]) for p in pieces[259:] for i in range(1, len(p)) if p[:i] in vocab and p[i:] in vocab]
+    made = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    space = "\u2581"
+    made.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    made.add_special_tokens([AddedToken(token, normalized=False) for token in first[:3]])
+    tokens = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=False
+    )
+    tokens.save_pretrained(folder)
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_folder(tmp_path_factory, llama_config):
+    folder = tmp_path_factory.mktemp("pieces")
+    made = quantized(llama_config(vocab_size=720, num_hidden_layers=1), folder)
+    sentencepiece_like(made)
+    return made
+
+
+def test_a_tokenizer_of_pieces(sentencepiece_folder, tmp_path):
+    _, fields = opened(export_checkpoint(sentencepiece_folder, tmp_path / "x", "gguf").out)
+    assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.add_space_prefix"]
+    kinds = fields["tokenizer.ggml.token_type"]
+    assert kinds[:4] == [2, 3, 3, 6] and kinds[258:261] == [6, 1, 1] and set(kinds[700:]) == {5}
+    assert len(fields["tokenizer.ggml.tokens"]) == 720
+    found = fields["tokenizer.ggml.scores"]
+    assert max(found[300:]) <= 0 and found[650] > found[699]
+
+
+# -- llama.cpp --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama(monkeypatch):
+    """llama("DIR", vocab_only=True): the file in llama.cpp, without its layouts for AMX, which crash in places."""
+    module = pytest.importorskip("llama_cpp")
+    defaults = module.llama_cpp.llama_model_default_params
+
+    def plain():
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    monkeypatch.setattr(module.llama_cpp, "llama_model_default_params", plain)
+    options = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "logits_all": True, "verbose": False}
+    return lambda folder, **more: module.Llama(str(folder / "model.gguf"), **options, **more)
+
+
+def expected_tokens(model, ids, new):
+    ids = torch.tensor([ids])
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(new):
+            ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    return ids[0, start:].tolist()
+
+
+def run(model, ids, new=0):
+    """Logits `[tokens, vocabulary]`, and greedy tokens."""
+    model.reset()
+    model.eval(ids)
+    logits, found = np.array(model.scores[: len(ids)]), []
+    for _ in range(new):
+        found.append(int(np.argmax(model.scores[model.n_tokens - 1])))
+        model.eval([found[-1]])
+    return torch.from_numpy(logits), found
+
+
+def test_llama_cpp_writes_the_same(quantized_pycoder, exported, llama):
+    tokenizer, ours = (
+        AutoTokenizer.from_pretrained(quantized_pycoder),
+        awq_core.load(quantized_pycoder, dtype="float32"),
+    )
+    theirs = llama(exported("gguf-fp16"))
+    ids = tokenizer(TEXTS[0]).input_ids
+    logits, tokens = run(theirs, ids, 40)
+    assert tokens == expected_tokens(ours, ids, 40)
+    with torch.no_grad():
+        expected = ours(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.02 * float(expected.std()))
+
+
+def test_llama_cpp_with_the_codes(quantized_pycoder, exported, llama):
+    """For Q4_1 it rounds activations to 8 bits, 32 at a time. The error is that which the same rounding makes here."""
+    tokenizer = AutoTokenizer.from_pretrained(quantized_pycoder)
+    ids = tokenizer(TEXTS[1]).input_ids
+    logits, _ = run(llama(exported("gguf")), ids)
+    model = awq_core.load(quantized_pycoder, dtype="float32", fake_quant=True)
+
+    def rounded(_, args):
+        blocks = args[0].unflatten(-1, (-1, 32))
+        step = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 127
+        return (((blocks / step).round() * step).flatten(-2),)
+
+    with torch.no_grad():
+        exact = model(torch.tensor([ids])).logits[0]
+        for layer in model.model.layers:
+            for module in layer.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.register_forward_pre_hook(rounded)
+        error = (model(torch.tensor([ids])).logits[0] - exact).pow(2).mean().sqrt()
+    assert (logits - exact).pow(2).mean().sqrt() < 1.5 * error
+    assert (logits.argmax(-1) == exact.argmax(-1)).float().mean() > 0.9
+
+
+def test_llama_cpp_with_a_quantized_head(tmp_path, llama_config, llama):
+    """Of a model whose head was tied: the file has both."""
+    from awq_core.testing import save_tiny
+
+    save_tiny(llama_config(vocab_size=4096, tie_word_embeddings=True), tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "source" / name).write_bytes((ROOT / "examples" / "pycoder" / name).read_bytes())
+    settings = awq_core.QuantConfig(group_size=32, scale=False, clip="none", lm_head=True)
+    awq_core.quantize(tmp_path / "source", tmp_path / "DIR", config=settings)
+    made = export_checkpoint(tmp_path / "DIR", tmp_path / "x", "gguf-fp16").out
+    assert {"token_embd.weight", "output.weight"} <= set(opened(made)[0])
+    ids = list(range(100, 120))
+    logits, _ = run(llama(made), ids)
+    with torch.no_grad():
+        expected = awq_core.load(tmp_path / "DIR", dtype="float32")(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.03 * float(expected.std()))
+
+
+def test_llama_cpp_cuts_text_the_same(quantized_pycoder, exported, sentencepiece_folder, llama, tmp_path):
+    pieces = export_checkpoint(sentencepiece_folder, tmp_path / "x", "gguf").out
+    for folder, made in ((quantized_pycoder, exported("gguf")), (sentencepiece_folder, pieces)):
+        tokenizer, theirs = AutoTokenizer.from_pretrained(folder), llama(made, vocab_only=True)
+        for text in TEXTS:
+            assert theirs.tokenize(text.encode(), special=True) == tokenizer(text).input_ids, text
+
+
+ROPE3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 64}  # fmt: skip
+SPECIAL = {
+    "llama": {"attention_bias": True, "rope_parameters": ROPE3},
+    "mistral": {"head_dim": 32},
+    "qwen3": {"head_dim": 32},
+    "gemma": {"head_dim": 32},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_llama_cpp_knows_the_architecture(name, tiny_options, llama, tmp_path):
+    from transformers import AutoConfig
+
+    options = {**tiny_options, "vocab_size": 4096, "max_position_embeddings": 256, **SPECIAL.get(name, {})}
+    config = AutoConfig.for_model(name, **options)
+    assert known(config).name
+    folder = quantized(config, tmp_path)
+    ids = torch.randint(0, 4096, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    logits, _ = run(llama(export_checkpoint(folder, tmp_path / "x", "gguf-fp16").out), ids)
+    with torch.no_grad():
+        expected = awq_core.load(folder, dtype="float32")(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.03 * float(expected.std()))
