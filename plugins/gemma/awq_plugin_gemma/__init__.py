@@ -39,14 +39,18 @@ GEMMA3 = Architecture(
     fused=FUSED,
 )
 READERS = tuple(f"temporal_block.{name}_proj" for name in "qkv")
-NORM = {"prev": "temporal_pre_norm", "norm_offset": 1.0, "optional": True}
 RECURRENT = Architecture(
     family="gemma",
     model_types=("recurrent_gemma",),
     stacks=(LANGUAGE,),
     scale_groups=(
-        ScaleGroup(layers=("temporal_block.linear_x", "temporal_block.linear_y"), **NORM),
-        ScaleGroup(layers=READERS, no_clip=READERS[:2], **NORM),
+        ScaleGroup(
+            prev="temporal_pre_norm",
+            layers=("temporal_block.linear_x", "temporal_block.linear_y"),
+            norm_offset=1.0,
+            optional=True,
+        ),
+        ScaleGroup(prev="temporal_pre_norm", layers=READERS, no_clip=READERS[:2], norm_offset=1.0, optional=True),
         ScaleGroup(
             prev=READERS[2], layers=("temporal_block.o_proj",), head_dim="temporal_block.head_dim", optional=True
         ),

@@ -44,14 +44,14 @@ PHI3 = Architecture(family="phi", model_types=("phi3",), stacks=(LANGUAGE,), sca
 EXTEND = "model.embed_tokens_extend"
 # The encoders read a bias of these, to know its device, before they call them; the head's weights never by a call.
 EARLY = ("image_embed.img_projection_up", "image_embed.img_processor.head", "audio_embed.up_proj_for_speech")
-ENCODERS = {"prelude": tuple(f"{EXTEND}.{path}" for path in (*EARLY, "audio_embed.up_proj_for_vision_speech"))}
+ENCODERS = tuple(f"{EXTEND}.{path}" for path in (*EARLY, "audio_embed.up_proj_for_vision_speech"))
 PHI4_MULTIMODAL = Architecture(
     family="phi",
     model_types=("phi4_multimodal",),
     stacks=(
-        LayerStack(component="vision", blocks=f"{EXTEND}.image_embed.img_processor.encoder.layers", **ENCODERS),
-        LayerStack(component="audio", blocks=f"{EXTEND}.audio_embed.encoder.encoders", **ENCODERS),
-        LayerStack(component="language", blocks="model.layers", **ENCODERS),
+        LayerStack(component="vision", blocks=f"{EXTEND}.image_embed.img_processor.encoder.layers", prelude=ENCODERS),
+        LayerStack(component="audio", blocks=f"{EXTEND}.audio_embed.encoder.encoders", prelude=ENCODERS),
+        LayerStack(component="language", blocks="model.layers", prelude=ENCODERS),
     ),
     scale_groups=FUSED,
     components=(

@@ -13,7 +13,7 @@ from awq_plugin_qwen.vision import OMNI, VISION
 
 LANGUAGE = LayerStack(component="language", blocks="model.layers")
 EITHER_MLP = presets.gated_mlp(optional=True)
-SHARED = {"shared": "mlp.shared_expert", "shared_gate": "mlp.shared_expert_gate", "optional": True}
+SHARED = presets.moe_mlp(shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate", optional=True)
 
 DENSE = Architecture(
     family="qwen",
@@ -26,7 +26,7 @@ QWEN2_MOE = Architecture(
     family="qwen",
     model_types=("qwen2_moe",),
     stacks=(LANGUAGE,),
-    scale_groups=(*presets.attention(), *EITHER_MLP, *presets.moe_mlp(**SHARED)),
+    scale_groups=(*presets.attention(), *EITHER_MLP, *SHARED),
     fused=(*presets.FUSED_BLOCK, *presets.fused_mlp("mlp.shared_expert")),
 )
 QWEN3_MOE = Architecture(
