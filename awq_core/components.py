@@ -23,15 +23,15 @@ import torch
 
 from awq_core.api import Phase, plan, quantize
 from awq_core.calibration.batches import CalibrationData
-from awq_core.calibration.prepare import Preprocessors, prepare
 from awq_core.config import QuantConfig
 from awq_core.errors import CalibrationError, ConfigError
+from awq_core.evaluation.captions import caption_batches
 from awq_core.evaluation.paired import Estimate
 from awq_core.evaluation.samples import sample_divergence, text_logits
 from awq_core.hooks.manager import PluginManager, default_manager
 from awq_core.plan_types import Plan
 from awq_core.runtime.load import load
-from awq_core.skeleton import open_config, resolve
+from awq_core.skeleton import resolve
 
 PathLike = str | os.PathLike[str]
 
@@ -132,23 +132,10 @@ def component_effects(
         raise ConfigError("every component is kept", hint=f"quantize one of {', '.join(defaults)}")
     alone = {name: replace(config, components={one: "keep" for one in defaults} | {name: "4bit"}) for name in wanted}
     plans = {name: planned(config=alone[name]) for name in wanted}
-    typed, owner = open_config(folder, manager, plugin=plugin, trust_remote_code=trust_remote_code)
-    data = prepare(
-        images,
-        Preprocessors(folder, tokenizer, trust_remote_code),
-        partial(manager.calibration_batch, owner),
-        samples=samples + measured,
-        seq_len=512,
-        seed=config.seed,
-        vocab_size=getattr(typed.get_text_config(), "vocab_size", None),
-    )
+    given: dict[str, Any] = {"plugin": plugin, "trust_remote_code": trust_remote_code, "manager": manager}
+    data = caption_batches(folder, images, samples=samples + measured, seed=config.seed, processor=tokenizer, **given)
     calibration, held_out = split(data, measured)
-    run: dict[str, Any] = {
-        "device": device,
-        "plugin": plugin,
-        "trust_remote_code": trust_remote_code,
-        "manager": manager,
-    }
+    run = {"device": device, **given}
     say(Phase(f"the original on {len(held_out)} samples, to compare with"))
     reference = text_logits(load(folder, **run), held_out)
 
@@ -181,11 +168,9 @@ def split(data: CalibrationData, measured: int) -> tuple[CalibrationData, tuple[
     """Samples to calibrate on, and the last `measured`, at most half of them, to measure on.
 
     Raises:
-        CalibrationError: no images among them, or fewer than two samples.
+        CalibrationError: fewer than two samples.
     """
     batches = data.batches
-    if not any(value.is_floating_point() for batch in batches for value in batch.values()):
-        raise CalibrationError(f"{data.source} holds no images", hint="give a folder of images with captions")
     if len(batches) < 2:
         raise CalibrationError(
             f"{data.source} holds one sample; one is calibrated on, others are measured on", hint="add some"

@@ -95,3 +95,87 @@ def quantized_llama(tmp_path_factory, llama_source) -> Path:
     config = awq_core.QuantConfig(group_size=32)
     awq_core.quantize(llama_source, out, config=config, calibration=list(CORPUS), samples=4, seq_len=32)
     return out
+
+
+# -- a vision-language model
+
+
+@pytest.fixture(scope="session")
+def llava_plugin():
+    """Arguments of `PluginManager.register`: a plugin for `tiny_llava`, with three components."""
+    import types
+
+    from awq_core.hooks import Architecture, ComponentPolicy, LayerStack, hookimpl, presets
+
+    stacks = {
+        "vision": "model.vision_tower.encoder.layers",
+        "projector": "model.multi_modal_projector",
+        "language": "model.language_model.layers",
+    }
+    architecture = Architecture(
+        family="tiny",
+        model_types=("llava",),
+        stacks=tuple(LayerStack(component=name, blocks=blocks) for name, blocks in stacks.items()),
+        scale_groups=presets.LLAMA_BLOCK,
+        components=(
+            ComponentPolicy(component="language", action="quantize"),
+            ComponentPolicy(component="vision", action="keep"),
+            ComponentPolicy(component="projector", action="keep"),
+        ),
+    )
+    module = types.ModuleType("tiny_plugin")
+    module.awq_architectures = hookimpl(lambda: (architecture,))
+    return module, "tiny", "awq-plugin-tiny", "1.2"
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory, tiny_options):
+    """A tiny LLaVA with its own processor; "<image>" is token 2. Never change it."""
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
+
+    from awq_core.testing import save_tiny, tiny_tokenizer
+
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**tower, image_size=16, patch_size=4)
+    folder = tmp_path_factory.mktemp("llava") / "source"
+    save_tiny(LlavaConfig(vision_config=vision, text_config=LlamaConfig(**tiny_options), image_token_index=2), folder)
+    side = {"height": 16, "width": 16}
+    LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size=side, crop_size=side),
+        tokenizer=tiny_tokenizer(),
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Five noise images with captions of unequal length."""
+    import torch
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(0)
+    for index in range(5):
+        pixels = (torch.rand(16 + 4 * index, 20, 3, generator=generator) * 255).byte().numpy()
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"picture {index}" + index * " of noise")
+    return folder
+
+
+@pytest.fixture
+def llava_awq(monkeypatch, llava_plugin):
+    """llava_awq("eval", folder, ...): the program's result, with the plugin for `tiny_llava` and no other."""
+    from click.testing import CliRunner
+
+    from awq_core.cli.app import cli
+    from awq_core.hooks.manager import default_manager, reset_default_manager
+
+    monkeypatch.setenv("AWQ_PLUGINS", "")
+    reset_default_manager()
+    default_manager().register(*llava_plugin)
+    yield lambda *words: CliRunner().invoke(cli, [str(word) for word in words])
+    reset_default_manager()

@@ -16,8 +16,7 @@ from awq_core.components import component_effects, split
 from awq_core.config import QuantConfig
 from awq_core.errors import CalibrationError, ConfigError
 from awq_core.evaluation.samples import placeholder_ids, predicts_text, sample_divergence, text_logits
-from awq_core.hooks import Architecture, ComponentPolicy, LayerStack, hookimpl, presets
-from awq_core.hooks.manager import PluginManager, default_manager, reset_default_manager
+from awq_core.hooks.manager import PluginManager
 
 G = 32
 IMAGE = 2  # id of "<image>" in the kit's tiny tokenizer
@@ -27,69 +26,18 @@ STACKS = {
     "projector": "model.multi_modal_projector",
     "language": "model.language_model.layers",
 }
-VISION_LANGUAGE = Architecture(
-    family="tiny",
-    model_types=("llava",),
-    stacks=tuple(LayerStack(component=name, blocks=blocks) for name, blocks in STACKS.items()),
-    scale_groups=presets.LLAMA_BLOCK,
-    components=(
-        ComponentPolicy(component="language", action="quantize"),
-        ComponentPolicy(component="vision", action="keep"),
-        ComponentPolicy(component="projector", action="keep"),
-    ),
-)
-
-
-def as_plugin(*architectures):
-    module = types.ModuleType("tiny_plugin")
-    module.awq_architectures = hookimpl(lambda: architectures)
-    return module
 
 
 @pytest.fixture(scope="module")
-def manager():
+def source(tiny_llava):
+    return tiny_llava
+
+
+@pytest.fixture(scope="module")
+def manager(llava_plugin):
     made = PluginManager(allow=())
-    made.register(as_plugin(VISION_LANGUAGE), "tiny", "awq-plugin-tiny", "1.2")
+    made.register(*llava_plugin)
     return made
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory, tiny_options):
-    """A tiny LLaVA with its own processor. Never change it."""
-    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
-
-    from awq_core.testing import save_tiny, tiny_tokenizer
-
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-    vision = CLIPVisionConfig(**tower, image_size=16, patch_size=4)
-    folder = tmp_path_factory.mktemp("llava") / "source"
-    save_tiny(
-        LlavaConfig(vision_config=vision, text_config=LlamaConfig(**tiny_options), image_token_index=IMAGE), folder
-    )
-    side = {"height": 16, "width": 16}
-    LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size=side, crop_size=side),
-        tokenizer=tiny_tokenizer(),
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-    ).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Five noise images with captions of unequal length."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("pictures")
-    generator = torch.Generator().manual_seed(0)
-    for index in range(5):
-        pixels = (torch.rand(16 + 4 * index, 20, 3, generator=generator) * 255).byte().numpy()
-        Image.fromarray(pixels).save(folder / f"{index}.png")
-        (folder / f"{index}.txt").write_text(f"picture {index}" + index * " of noise")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -294,30 +242,17 @@ def test_models_on_unlike_samples_are_refused():
 # -- the command
 
 
-@pytest.fixture
-def awq(monkeypatch):
-    from click.testing import CliRunner
-
-    from awq_core.cli.app import cli
-
-    monkeypatch.setenv("AWQ_PLUGINS", "")
-    reset_default_manager()
-    default_manager().register(as_plugin(VISION_LANGUAGE), "tiny", "awq-plugin-tiny", "1.2")
-    yield lambda *words: CliRunner().invoke(cli, [str(word) for word in words])
-    reset_default_manager()
-
-
-def test_the_command(awq, source, pictures, effects):
+def test_the_command(llava_awq, source, pictures, effects):
     words = ["components", source, "--images", pictures, "--measure", 2, "--group-size", G, "--no-scale"]
-    shown = json.loads(awq(*words, "--json").stdout)
+    shown = json.loads(llava_awq(*words, "--json").stdout)
     assert shown["effects"] == json.loads(json.dumps(effects.to_dict()))["effects"]
     assert (shown["measured"], shown["calibrated"], shown["config"]["group_size"]) == (2, 3, G)
-    text = awq(*words, "--component", "language=keep")
+    text = llava_awq(*words, "--component", "language=keep")
     assert text.exit_code == 0 and "projector" in text.stdout and "language" not in text.stdout
     assert "over 2 samples of" in text.stdout and "calibrated on 3 others" in text.stdout
 
 
-def test_the_example_in_the_documentation(awq, source, pictures, tmp_path, monkeypatch, capsys):
+def test_the_example_in_the_documentation(llava_awq, source, pictures, tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[1] / "docs" / "plugins" / "vision.md").read_text(encoding="utf-8")
     (example,) = (text for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "component_effects" in text)
     (tmp_path / "MODEL").symlink_to(source)
@@ -328,6 +263,6 @@ def test_the_example_in_the_documentation(awq, source, pictures, tmp_path, monke
     assert names == ("vision", "projector", "language")
 
 
-def test_the_command_refuses_in_a_line(awq, source, pictures):
-    refused = awq("components", source, "--images", pictures, "--component", "vision=8bit")
+def test_the_command_refuses_in_a_line(llava_awq, source, pictures):
+    refused = llava_awq("components", source, "--images", pictures, "--component", "vision=8bit")
     assert refused.exit_code == 2 and "other widths need another format" in refused.stderr

@@ -1,4 +1,4 @@
-"""`awq eval`: perplexity on a text, bits per byte, tasks and, beside the original, what quantization changed."""
+"""`awq eval`: perplexity on text or captions of images, bits per byte, tasks; with the original, what changed."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ Examples:
   awq eval DIR --text c4
   awq eval DIR --text notes.txt --stride 512
   awq eval DIR --text pile.jsonl.zst --bits-per-byte --include ArXiv,Github
+  awq eval DIR --images photos/ --against MODEL --gate 'kl<0.02'
   awq eval DIR --tasks hellaswag,arc_easy --few-shot 0
   awq eval DIR --tasks metrics.py:accuracy --gate 'accuracy.right>=0.7'
 \b
@@ -74,7 +75,15 @@ def evaluate(
     request = Request(**options)
     request.check()
     from awq_core.cli import models
-    from awq_core.cli.eval_run import Session, check_gates, gates_of, measure_bytes, measure_tasks, measure_text
+    from awq_core.cli.eval_run import (
+        Session,
+        check_gates,
+        gates_of,
+        measure_bytes,
+        measure_images,
+        measure_tasks,
+        measure_text,
+    )
     from awq_core.cli.eval_show import tell
 
     gates = gates_of(request)
@@ -92,6 +101,7 @@ def evaluate(
     for part in (
         measure_text(session, given) if given else None,
         measure_bytes(session) if request.bits_per_byte else None,
+        measure_images(session) if request.images else None,
         measure_tasks(session) if request.tasks else None,
     ):
         if part is not None:

@@ -13,6 +13,8 @@ PROTOCOLS = ("windows", "sliding", "c4", "c4-new")
 # What can be measured, and what needs the original beside it.
 TEXT_METRICS, TEXT_AGAINST = ("ppl",), ("ppl_increase", "kl", "kl_median", "kl_p999", "top1", "top5")
 BYTE_METRICS, BYTE_AGAINST = ("bpb",), ("bpb_increase",)
+IMAGE_METRICS, IMAGE_AGAINST = ("ppl",), ("ppl_increase", "kl", "top1")
+MEASURED_SAMPLES = 64
 
 _TEXT: tuple[Decorator, ...] = (
     click.option("--against", metavar="ORIGINAL", help="The unquantized model: folder or hub name."),
@@ -49,6 +51,19 @@ _BYTES: tuple[Decorator, ...] = (
     click.option("--exclude", metavar="A,B", help="Of --bits-per-byte: all subsets but these."),
     click.option(
         "--max-documents", type=click.IntRange(min=1), metavar="N", help="Of --bits-per-byte: stop after so many."
+    ),
+)
+_IMAGES: tuple[Decorator, ...] = (
+    click.option(
+        "--images",
+        metavar="FOLDER|FILE|DATASET",
+        help="Measure on these images with captions instead: a folder, a file of messages, a hub dataset.",
+    ),
+    click.option(
+        "--measure",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help=f"Of --images: at most so many samples.  [default: {MEASURED_SAMPLES}]",
     ),
 )
 _TASKS: tuple[Decorator, ...] = (
@@ -89,6 +104,8 @@ class Request:
     include: str | None
     exclude: str | None
     max_documents: int | None
+    images: str | None
+    measure: int | None
     tasks: str | None
     task_folder: str | None
     few_shot: int | None
@@ -105,7 +122,9 @@ class Request:
     @property
     def wants_text(self) -> bool:
         """Whether perplexity is measured: unless something else was asked for, and nothing of it."""
-        return not self.bits_per_byte and (not self.tasks or bool(self.source or self.against or self.protocol))
+        if self.bits_per_byte or self.images:
+            return False
+        return not self.tasks or bool(self.source or self.against or self.protocol)
 
     @property
     def method(self) -> str:
@@ -122,16 +141,22 @@ class Request:
             found |= {*TEXT_METRICS, *(TEXT_AGAINST if self.against else ())}
         if self.bits_per_byte:
             found |= {*BYTE_METRICS, *(BYTE_AGAINST if self.against else ())}
+        if self.images:
+            found |= {*IMAGE_METRICS, *(IMAGE_AGAINST if self.against else ())}
         return found
 
     def check(self) -> None:
         """Raises click.UsageError where options contradict one another or lack another."""
+        text = self.source or self.split or self.bits_per_byte or self.protocol or self.stride
+        text = text or self.window or self.max_windows
         lacking = [
+            (self.images and text, "--images is measured on its own: leave the options of text out"),
+            (self.measure and not self.images, "--measure is of --images"),
             (self.bits_per_byte and self.source is None, "--bits-per-byte needs --text"),
             (self.bits_per_byte and (self.protocol or self.stride), "--bits-per-byte has a protocol of its own"),
             (self.stride and self.protocol not in (None, "sliding"), "--stride is of --protocol sliding"),
             (self.cache and self.against is None, "--cache keeps what --against names, which is missing"),
-            (self.cache and not self.wants_text, "--cache is of the divergence, not of --bits-per-byte"),
+            (self.cache and not self.wants_text, "--cache is of the divergence on text"),
             (self.task_folder and not self.tasks, "--task-folder needs --tasks"),
             (self.tasks is not None and not self.task_names, "--tasks names none"),
         ]
@@ -146,6 +171,6 @@ class Request:
 
 def eval_options(command: Any) -> Any:
     """All options but those other commands have too."""
-    for option in reversed(_TEXT + _BYTES + _TASKS):
+    for option in reversed(_TEXT + _BYTES + _IMAGES + _TASKS):
         command = option(command)
     return command

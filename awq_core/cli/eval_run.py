@@ -11,19 +11,31 @@ from typing import Any
 from awq_core.calibration import Subsets, read_samples
 from awq_core.cli import models
 from awq_core.cli.eval import DIVERGENCE_WINDOW, EvalText
-from awq_core.cli.eval_options import BYTE_AGAINST, TEXT_AGAINST, Request
+from awq_core.cli.eval_options import BYTE_AGAINST, MEASURED_SAMPLES, TEXT_AGAINST, Request
 from awq_core.cli.output import note
 from awq_core.cli.progress import measuring
 from awq_core.errors import ConfigError
-from awq_core.evaluation import bits_per_byte, c4_perplexity, divergence, perplexity, run_tasks, sliding_perplexity
+from awq_core.evaluation import (
+    bits_per_byte,
+    c4_perplexity,
+    caption_batches,
+    caption_perplexity,
+    divergence,
+    perplexity,
+    run_tasks,
+    sliding_perplexity,
+)
 from awq_core.evaluation.custom import custom_metric, is_custom, name_of
 from awq_core.evaluation.gates import Gate, GateResult, check, check_names
 from awq_core.evaluation.perplexity import STANDARD_WINDOW, fitting_window, token_ids
 from awq_core.evaluation.reference import ReferenceLogits
 from awq_core.evaluation.tasks import quiet
 from awq_core.sizes import parse_size
+from awq_core.skeleton import resolve
 
 STRIDE = 512
+# Not calibration's usual one: of a large data set other samples come first.
+EVALUATION_SEED = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +165,29 @@ def measure_bytes(session: Session) -> Part:
     increase = _increase(mine["bits_per_byte"], theirs["bits_per_byte"])
     values = {**mine, "against": {"model": request.against, **theirs}}
     return Part({"bits_per_byte": values}, {"bpb": mine["bits_per_byte"], "bpb_increase": increase})
+
+
+def measure_images(session: Session) -> Part:
+    """Perplexity of captions given images and, with --against, the original's and the divergence from it."""
+    request = session.request
+    data = caption_batches(
+        resolve(session.name),
+        request.images,
+        samples=request.measure or MEASURED_SAMPLES,
+        seed=EVALUATION_SEED,
+        plugin=session.plugin,
+        trust_remote_code=session.trust_remote_code,
+    )
+    model, reference = session.model, session.open(request.against) if request.against else None
+    with measuring(f"captions of {data.source}", session.as_json) as progress:
+        found = caption_perplexity(model, data.batches, reference=reference, progress=progress)
+    values, mine, against = found.to_dict(), found.perplexity.mean, found.against
+    metrics = {"ppl": mine}
+    if against:
+        values["against"] = {"model": request.against, **values["against"]}
+        metrics["ppl_increase"] = _increase(mine, against.perplexity.mean)
+        metrics |= {"kl": against.kl.mean, "top1": against.agreement.mean}
+    return Part({"images": {"source": data.source, **values}}, metrics)
 
 
 def measure_tasks(session: Session) -> Part:

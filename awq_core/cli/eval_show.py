@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import click
+
+from awq_core.cli.output import plural
 
 
 def tell(result: dict[str, Any]) -> None:
@@ -13,6 +16,8 @@ def tell(result: dict[str, Any]) -> None:
         _text(result["perplexity"], result["against"])
     if "bits_per_byte" in result:
         _bytes(result["bits_per_byte"])
+    if "images" in result:
+        _images(result["images"])
     if "tasks" in result:
         _tasks(result["tasks"])
     for gate in result.get("gates", ()):
@@ -35,6 +40,27 @@ def _text(mine: dict[str, Any], against: dict[str, Any] | None) -> None:
     click.echo(f"protocol     {mine['protocol']}; {mine['tokens']} tokens predicted")
     if against:
         click.echo(f"             KL and agreement: {apart['windows']} windows of {apart['window']} tokens")
+
+
+def _images(mine: dict[str, Any]) -> None:
+    against = mine["against"]
+    click.echo(f"perplexity   {_pm(mine['perplexity'], 4)}")
+    if against:
+        increase = mine["perplexity"]["mean"] / against["perplexity"]["mean"] - 1
+        click.echo(f"original     {_pm(against['perplexity'], 4)}")
+        click.echo(f"difference   {_pm(against['difference'], 4, '+')} ({increase:+.2%})")
+        click.echo(f"KL           {_pm(against['kl'], 5)} nats a token")
+        click.echo(f"agreement    {_pm(against['agreement'], 2, '', '%')} of likeliest tokens are the same")
+    click.echo(
+        f"protocol     text tokens given images, mean over samples, ± standard error; "
+        f"{plural(mine['samples'], 'sample')} of {mine['source']}, {plural(mine['tokens'], 'token')} predicted"
+    )
+
+
+def _pm(value: dict[str, float], digits: int, sign: str = "", kind: str = "f") -> str:
+    """Without the error where there is none: one sample."""
+    error = value["stderr"]
+    return f"{value['mean']:{sign}.{digits}{kind}}" + ("" if math.isnan(error) else f" ± {error:.{digits}{kind}}")
 
 
 def _share(apart: dict[str, Any], name: str) -> str:

@@ -5,6 +5,7 @@ Two functions bear their modules' names and win: `awq_core.evaluation.perplexity
 """
 
 from awq_core.evaluation.c4 import c4_perplexity
+from awq_core.evaluation.captions import CaptionResult, caption_batches, caption_perplexity
 from awq_core.evaluation.comparison import Comparison, compare_models
 from awq_core.evaluation.divergence import DivergenceResult, divergence
 from awq_core.evaluation.documents import BitsPerByteResult, bits_per_byte
@@ -19,6 +20,7 @@ from awq_core.evaluation.weights import WeightComparison, compare_weights
 
 __all__ = [
     "BitsPerByteResult",
+    "CaptionResult",
     "Comparison",
     "DivergenceResult",
     "Gate",
@@ -30,6 +32,8 @@ __all__ = [
     "WeightComparison",
     "bits_per_byte",
     "c4_perplexity",
+    "caption_batches",
+    "caption_perplexity",
     "compare_models",
     "compare_weights",
     "divergence",

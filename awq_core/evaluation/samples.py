@@ -1,4 +1,4 @@
-"""How far two models' predictions are apart on prompts with images, sample by sample.
+"""What a model predicts on prompts with images, and how far two models are apart there, sample by sample.
 
 Most tokens of such a prompt stand for pieces of an image, and what a model predicts in their place is never used. So
 only the positions count that predict text: those whose next token is no such placeholder, and the last, where
@@ -6,12 +6,17 @@ generation would begin. With T_s these positions of sample s, and p and q the tw
 
     kl_s = mean_{t in T_s} KL(p_t ‖ q_t)        result = mean_s kl_s ± std_s kl_s / √n
 
+The loss is that of the positions with a next token, x_{t+1}:
+
+    nll_s = mean_{t in T_s} -log p_t(x_{t+1})
+
 Each sample weighs the same, as each window does in `compare_models`. The logits of the first model at these positions
 are kept, positions · vocabulary numbers a sample, so that both models need not be in memory together.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,12 +27,14 @@ import torch
 from awq_core.errors import ConfigError, NumericsError
 from awq_core.evaluation.divergence import compare_logits
 from awq_core.evaluation.paired import Estimate, estimate
-from awq_core.evaluation.perplexity import evaluating
+from awq_core.evaluation.perplexity import evaluating, summed_loss
 
 Batch = Mapping[str, torch.Tensor]
 
 # What configurations call the tokens that stand for an image, a video or a sound: "image_token_id", "image_patch_id".
 PLACEHOLDER = re.compile(r"(image|video|audio)_(\w+_)?(id|index)")
+# The next token where there is none: at the end, and before padding.
+NOTHING = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +79,34 @@ def predicts_text(batch: Batch, placeholders: frozenset[int]) -> torch.Tensor:
     Args:
         batch: "input_ids" `[batch, tokens]`, and "attention_mask" of that shape where there is padding.
     """
-    ids = batch["input_ids"].cpu()
-    after = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], dim=1)
-    counts = ~torch.isin(after, torch.tensor(sorted(placeholders), dtype=ids.dtype))
-    mask = batch.get("attention_mask")
-    return counts & mask.cpu().bool() if mask is not None and mask.shape == ids.shape else counts
+    after, real = _next_tokens(batch)
+    return real & ~torch.isin(after, torch.tensor(sorted(placeholders), dtype=after.dtype))
+
+
+def text_targets(batch: Batch, placeholders: frozenset[int]) -> torch.Tensor:
+    """The token after each position that counts, `[positions]` as in `text_logits`; `NOTHING` where there is none."""
+    return _next_tokens(batch)[0][predicts_text(batch, placeholders)]
+
+
+def sample_loss(logits: torch.Tensor, targets: torch.Tensor, number: int = 0) -> float:
+    """Mean loss of one sample, nats a token.
+
+    Args:
+        logits: its `text_logits`, `[positions, vocabulary]`.
+        targets: its `text_targets`, `[positions]`.
+        number: what errors call it.
+
+    Raises:
+        ConfigError: no position has a next token.
+        NumericsError: the loss is NaN or inf.
+    """
+    scored = targets != NOTHING
+    if not bool(scored.any()):
+        raise ConfigError(f"sample {number} has no text to predict", hint="give images with captions")
+    loss = summed_loss(logits[scored], targets[scored]) / int(scored.sum())
+    if not math.isfinite(loss):
+        raise NumericsError(f"the loss in sample {number} is not finite", hint="try bfloat16 or float32")
+    return loss
 
 
 def text_logits(model: Any, batches: Sequence[Batch]) -> list[torch.Tensor]:
@@ -107,20 +137,38 @@ def sample_divergence(reference: Sequence[torch.Tensor], candidate: Sequence[tor
         raise ConfigError(
             f"{len(reference)} and {len(candidate)} samples cannot be compared", hint="give both the same samples"
         )
-    means, positions = [], 0
-    for number, (mine, other) in enumerate(zip(reference, candidate, strict=True)):
-        if len(mine) != len(other) or not len(mine):
-            raise ConfigError(
-                f"sample {number} has {len(mine)} and {len(other)} positions to compare",
-                hint="give both the same samples, with text in each",
-            )
-        mean = compare_logits(mine, other).mean(1)
-        if not bool(mean.isfinite().all()):
-            raise NumericsError(f"the divergence in sample {number} is not finite", hint="try bfloat16 or float32")
-        means.append(mean)
-        positions += len(mine)
-    kl, agreement, _ = torch.stack(means, dim=1)
-    return SampleDivergence(estimate(kl), estimate(agreement), len(means), positions)
+    pairs = zip(reference, candidate, strict=True)
+    kl, agreement = torch.stack([compare_sample(*pair, number) for number, pair in enumerate(pairs)], dim=1)
+    return SampleDivergence(estimate(kl), estimate(agreement), len(kl), sum(map(len, reference)))
+
+
+def compare_sample(reference: torch.Tensor, candidate: torch.Tensor, number: int = 0) -> torch.Tensor:
+    """Mean KL and agreement of one sample, `[2]` fp64, from logits `[positions, vocabulary]`.
+
+    Args:
+        number: what errors call the sample.
+
+    Raises:
+        ConfigError, NumericsError: see `sample_divergence`.
+    """
+    if len(reference) != len(candidate) or not len(reference):
+        raise ConfigError(
+            f"sample {number} has {len(reference)} and {len(candidate)} positions to compare",
+            hint="give both the same samples, with text in each",
+        )
+    mean = compare_logits(reference, candidate).mean(1)[:2]
+    if not bool(mean.isfinite().all()):
+        raise NumericsError(f"the divergence in sample {number} is not finite", hint="try bfloat16 or float32")
+    return mean
+
+
+def _next_tokens(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token after each, and which positions are no padding: both `[batch, tokens]`, on CPU."""
+    ids, mask = batch["input_ids"].cpu(), batch.get("attention_mask")
+    real = mask.cpu().bool() if mask is not None and mask.shape == ids.shape else torch.ones_like(ids).bool()
+    after = torch.full_like(ids, NOTHING)
+    after[:, :-1] = ids[:, 1:].where(real[:, 1:], NOTHING)
+    return after, real
 
 
 def _like(model: Any, value: torch.Tensor) -> torch.Tensor:
