@@ -98,6 +98,28 @@ def open_config(
     return load_config(folder, trust_remote_code=trust_remote_code), owner
 
 
+def claimant(raw: dict[str, Any], manager: PluginManager, plugin: str | None = None) -> Owner | None:
+    """The owner of a model that is only run, its Auto classes registered; None where no plugin claims it, and
+    transformers alone can build it.
+
+    Args:
+        raw: its config.json.
+        plugin: the owner that was named.
+
+    Raises:
+        UnsupportedModelError: `plugin` does not claim the model.
+        PluginError, PluginConflictError: see `PluginManager.owner`.
+    """
+    try:
+        owner = manager.owner(Claim(raw), plugin)
+        import_auto_module(owner)
+    except UnsupportedModelError:
+        if plugin is not None:
+            raise
+        return None
+    return owner
+
+
 def import_auto_module(owner: Owner) -> None:
     """Import the module by which a plugin registers its own configuration and model class, where it names one.
 

@@ -1,7 +1,7 @@
 """Loading a 4-bit model of Llama-2-7B's shapes: memory at its worst, and time against reading the same files.
 
     python benchmarks/load.py --layers 4
-    python benchmarks/load.py --layers 32 --folder /tmp/7b --json      (made once, kept, 3.9 GB)
+    python benchmarks/load.py --layers 32 --folder llama-7b --json    (made once, kept, 3.9 GB)
 
 The folder is made of random codes. A fresh process loads it and looks at its own resident memory, which the kernel
 counts (VmHWM), less what the imports had taken. The bound is 1.2 times the files and 1 GB. `plain read` is the time to

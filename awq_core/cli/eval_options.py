@@ -15,6 +15,7 @@ TEXT_METRICS, TEXT_AGAINST = ("ppl",), ("ppl_increase", "kl", "kl_median", "kl_p
 BYTE_METRICS, BYTE_AGAINST = ("bpb",), ("bpb_increase",)
 IMAGE_METRICS, IMAGE_AGAINST = ("ppl",), ("ppl_increase", "kl", "top1")
 MEASURED_SAMPLES = 64
+CACHE_LIMIT, BATCH_SIZE = "20GB", 1
 
 _TEXT: tuple[Decorator, ...] = (
     click.option("--against", metavar="ORIGINAL", help="The unquantized model: folder or hub name."),
@@ -39,7 +40,7 @@ _TEXT: tuple[Decorator, ...] = (
         "--max-windows", type=click.IntRange(min=1), metavar="N", help="Stop after so many windows.  [default: all]"
     ),
     click.option("--cache", metavar="DIR", help="Keep the original's logits there, for the next candidate."),
-    click.option("--cache-limit", metavar="SIZE", default="20GB", help="Of --cache: the most it may hold."),
+    click.option("--cache-limit", metavar="SIZE", default=CACHE_LIMIT, help="Of --cache: the most it may hold."),
 )
 _BYTES: tuple[Decorator, ...] = (
     click.option(
@@ -75,7 +76,7 @@ _TASKS: tuple[Decorator, ...] = (
     click.option("--task-folder", metavar="DIR", help="Of --tasks: task files (YAML) of your own."),
     click.option("--few-shot", type=click.IntRange(min=0), metavar="N", help="Of --tasks.  [default: the task's own]"),
     click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Of --tasks: so many questions of each."),
-    click.option("--batch-size", type=click.IntRange(min=1), metavar="N", default=1, help="Of --tasks."),
+    click.option("--batch-size", type=click.IntRange(min=1), metavar="N", default=BATCH_SIZE, help="Of --tasks."),
     click.option("--confirm-run-unsafe-code", "allow_code", is_flag=True, help="Of --tasks: run code a model writes."),
     click.option(
         "--gate",
@@ -91,28 +92,28 @@ _TASKS: tuple[Decorator, ...] = (
 class Request:
     """What the command line asks for; the fields are its options."""
 
-    source: str | None
-    split: str | None
-    against: str | None
-    protocol: str | None
-    stride: int | None
-    window: int | None
-    max_windows: int | None
-    cache: str | None
-    cache_limit: str
-    bits_per_byte: bool
-    include: str | None
-    exclude: str | None
-    max_documents: int | None
-    images: str | None
-    measure: int | None
-    tasks: str | None
-    task_folder: str | None
-    few_shot: int | None
-    limit: int | None
-    batch_size: int
-    allow_code: bool
-    gates: tuple[str, ...]
+    source: str | None = None
+    split: str | None = None
+    against: str | None = None
+    protocol: str | None = None
+    stride: int | None = None
+    window: int | None = None
+    max_windows: int | None = None
+    cache: str | None = None
+    cache_limit: str = CACHE_LIMIT
+    bits_per_byte: bool = False
+    include: str | None = None
+    exclude: str | None = None
+    max_documents: int | None = None
+    images: str | None = None
+    measure: int | None = None
+    tasks: str | None = None
+    task_folder: str | None = None
+    few_shot: int | None = None
+    limit: int | None = None
+    batch_size: int = BATCH_SIZE
+    allow_code: bool = False
+    gates: tuple[str, ...] = ()
 
     @property
     def task_names(self) -> list[str]:

@@ -106,33 +106,16 @@ def measured(
 ) -> dict[str, Any]:
     """Perplexity of both models and their divergence, as a document in the form of `awq eval --json`."""
     from awq_core.cli import models
-    from awq_core.cli.eval import DIVERGENCE_WINDOW, eval_text
-    from awq_core.cli.progress import measuring
-    from awq_core.evaluation import divergence, perplexity
+    from awq_core.cli.eval import eval_text
+    from awq_core.cli.eval_options import Request
+    from awq_core.cli.eval_run import Session, measure_text
 
     given = eval_text(source, split, None, max_windows)
     note(f"text: {given.name}")
     tokenizer = models.open_tokenizer(folder, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {"device": device, "plugin": plugin, "trust_remote_code": trust_remote_code}
-    candidate, original = (models.open_model(name, **options) for name in (folder, against))
-
-    def measure(network: Any, name: str) -> Any:
-        with measuring(f"perplexity of {name}", as_json) as progress:
-            return perplexity(network, tokenizer, given.text, max_windows=given.windows, progress=progress)
-
-    mine, theirs = measure(candidate, folder), measure(original, against)
-    window = min(DIVERGENCE_WINDOW, mine.window)
-    limit = None if given.windows is None else given.windows * max(1, mine.window // window)
-    with measuring("divergence", as_json) as progress:
-        apart = divergence(
-            original, candidate, tokenizer, given.text, window=window, max_windows=limit, progress=progress
-        )
-    return {
-        "model": folder,
-        "text": given.name,
-        "perplexity": mine.to_dict(),
-        "against": {"model": against, "perplexity": theirs.to_dict(), "divergence": apart.to_dict()},
-    }
+    request = Request(source=source, split=split, against=against, max_windows=max_windows)
+    session = Session(folder, tokenizer, request, device, plugin, trust_remote_code, as_json)
+    return {"model": folder, "text": given.name, **measure_text(session, given).values}
 
 
 def report_of_run(folder: Path, cost: Cost | None) -> Path | None:

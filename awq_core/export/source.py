@@ -22,14 +22,13 @@ from awq_core.checkpoint.format import Settings
 from awq_core.checkpoint.pack import PackedLinear
 from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.checkpoint.toolkits import read_settings
-from awq_core.errors import CheckpointError, UnsupportedModelError
+from awq_core.errors import CheckpointError
 from awq_core.hooks.manager import default_manager
 from awq_core.modules.unclaimed import prepare_unclaimed
 from awq_core.skeleton import (
-    Claim,
     build_skeleton,
     checkpoint_names,
-    import_auto_module,
+    claimant,
     load_config,
     raw_config,
     resolve,
@@ -138,13 +137,7 @@ def open_source(
 def _model(folder: Path, raw: dict[str, Any], plugin: str | None, trust_remote_code: bool) -> PreTrainedModel:
     """The module tree as it was when the model was quantized: experts apart, Conv1D as linears."""
     manager = default_manager()
-    try:
-        owner = manager.owner(Claim(raw), plugin)
-        import_auto_module(owner)
-    except UnsupportedModelError:
-        if plugin is not None:
-            raise
-        owner = None  # transformers alone can build it
+    owner = claimant(raw, manager, plugin)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     model = build_skeleton(config, trust_remote_code=trust_remote_code)
     if owner is not None:

@@ -1,11 +1,11 @@
-"""Scale groups and fused blocks that many families share, as data. Plugins compose them; none imports another plugin.
+"""Scale groups, policies and fused blocks that many families share, as data. No plugin imports another plugin.
 
     norm --> q, k, v        v --> o        norm --> gate, up        up --> down
 
 The last holds because the block computes `down(act(gate(x)) * up(x))`: dividing `up`'s rows divides `down`'s input.
 """
 
-from awq_core.hooks.types import FusedBlock, ScaleGroup
+from awq_core.hooks.types import ComponentPolicy, FusedBlock, ScaleGroup
 
 
 def attention(
@@ -78,6 +78,13 @@ def moe_mlp(
 
 
 LLAMA_BLOCK = (*attention(), *gated_mlp())
+
+# Of a language model with eyes: the tower and what leads from it stay as they are.
+LANGUAGE_ALONE = (
+    ComponentPolicy(component="language", action="quantize"),
+    ComponentPolicy(component="vision", action="keep", reason="a few percent of the weights, and sensitive"),
+    ComponentPolicy(component="projector", action="keep", reason="every image token passes through it"),
+)
 
 # What replaces a forward or an operation runs on Triton's kernels, from this compute capability on.
 TRITON = 80

@@ -20,7 +20,7 @@ from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.checkpoint.stacks import unstacked
 from awq_core.checkpoint.toolkits import read_settings
 from awq_core.devices import pick_device, pick_dtype, release_freed_memory
-from awq_core.errors import CheckpointError, ConfigError, OutputError, UnsupportedModelError
+from awq_core.errors import CheckpointError, ConfigError, OutputError
 from awq_core.hooks.manager import PluginManager, default_manager
 from awq_core.modules.unclaimed import prepare_unclaimed
 from awq_core.runtime.fused import PackedWeights, fuse_blocks, prefer_graphs, report
@@ -28,10 +28,9 @@ from awq_core.runtime.grouped import group_experts
 from awq_core.runtime.linear import QuantLinear, fake_quantized
 from awq_core.runtime.placement import DeviceMap, Places, dispatch, place
 from awq_core.skeleton import (
-    Claim,
     build_skeleton,
     checkpoint_names,
-    import_auto_module,
+    claimant,
     load_config,
     raw_config,
     resolve,
@@ -81,14 +80,7 @@ def load(
     folder = resolve(model)
     raw = raw_config(folder)
     settings = read_settings(folder, raw)
-    owner = None
-    try:
-        owner = manager.owner(Claim(raw), plugin)
-        import_auto_module(owner)
-    except UnsupportedModelError:
-        if plugin is not None:
-            raise
-        # scale groups are not needed to run a model; transformers alone can build it
+    owner = claimant(raw, manager, plugin)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     compute = _dtype(dtype, config)
     skeleton = build_skeleton(config, dtype=compute, trust_remote_code=trust_remote_code)

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["ArchitectureConformance", "diagnose", "proof_error", "save_tiny", "tiny_tokenizer"]
+__all__ = [
+    "TINY_DECODER",
+    "ArchitectureConformance",
+    "diagnose",
+    "noise_image",
+    "proof_error",
+    "save_tiny",
+    "tiny_tokenizer",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,7 +31,7 @@ def __getattr__(name: str) -> Any:
         from awq_core.testing.wrong import proof_error
 
         return proof_error
-    if name in ("save_tiny", "tiny_tokenizer"):
+    if name in ("TINY_DECODER", "noise_image", "save_tiny", "tiny_tokenizer"):
         from awq_core.testing import tiny
 
         return getattr(tiny, name)

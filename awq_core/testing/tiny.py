@@ -13,6 +13,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from awq_core.skeleton import model_class
 
 END = "<|end|>"
+# Fields of a configuration that are the same in most families: as small as grouped-query attention allows.
+TINY_DECODER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
 # Special tokens that vision-language processors look for.
 IMAGE_TOKENS = ("<image>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 
@@ -34,6 +46,14 @@ def tiny_tokenizer(vocabulary: int = 128) -> Any:
         unk_token="<unk>",
         additional_special_tokens=list(IMAGE_TOKENS),
     )
+
+
+def noise_image(seed: int, height: int, width: int) -> Any:
+    """A PIL image of noise, for calibration with images. Needs pillow, `awq-core[vision]`."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray((torch.rand(height, width, 3, generator=generator) * 255).byte().numpy())
 
 
 def tiny_weights(

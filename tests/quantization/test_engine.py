@@ -15,19 +15,10 @@ from awq_core.errors import PlanError
 from awq_core.quantization import scales
 from awq_core.quantization.rounding import round_trip
 from awq_core.runtime.load import load
+from awq_core.testing import TINY_DECODER
 from awq_core.testing.tiny import save_tiny
 
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "vocab_size": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+TINY = {**TINY_DECODER, "num_hidden_layers": 3, "num_key_value_heads": 4}
 PLAIN = QuantConfig(group_size=32)
 NEAREST = QuantConfig(group_size=32, scale=False, clip="none")
 

@@ -12,19 +12,10 @@ from awq_core.calibration.statistics import Statistics, StatisticsAccumulator
 from awq_core.config import QuantConfig
 from awq_core.modules import UnstackedExperts
 from awq_core.quantization import collect
+from awq_core.testing import TINY_DECODER
 from awq_core.testing.tiny import save_tiny
 
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "vocab_size": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+TINY = {**TINY_DECODER, "num_key_value_heads": 4}
 PLAIN = QuantConfig(group_size=32)
 DOWN, NORM = 96 * 96 * 4, 64 * 64 * 4  # bytes of the Gram matrices of one `down` and of a norm's readers
 EXPERT = 2 * DOWN + NORM  # its `down` over all tokens and over its own, its gate and up over its own

@@ -5,7 +5,7 @@ every expert and the shared experts), and both results are added to the residual
 block has two. The norm is a LayerNorm without bias; those on query and key, where there are any, take no part.
 """
 
-from awq_core.hooks import Architecture, ComponentPolicy, LayerStack, ScaleGroup, hookimpl, presets
+from awq_core.hooks import Architecture, LayerStack, ScaleGroup, hookimpl, presets
 
 LANGUAGE = LayerStack(component="language", blocks="model.layers")
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -43,11 +43,7 @@ VISION = Architecture(
             prelude=("model.vision_tower.head",),  # its attention reads a linear's weight without calling it
         ),
     ),
-    components=(
-        ComponentPolicy(component="language", action="quantize"),
-        ComponentPolicy(component="vision", action="keep", reason="a few percent of the weights, and sensitive"),
-        ComponentPolicy(component="projector", action="keep", reason="every image token passes through it"),
-    ),
+    components=presets.LANGUAGE_ALONE,
 )
 
 

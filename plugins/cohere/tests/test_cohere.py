@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from PIL import Image
 from transformers import (
     AutoProcessor,
     AyaVisionConfig,
@@ -25,20 +24,10 @@ from awq_core.hooks.manager import default_manager
 from awq_core.quantization.proof import prove
 from awq_core.runtime.load import load
 from awq_core.skeleton import build_skeleton
-from awq_core.testing import ArchitectureConformance, proof_error, save_tiny, tiny_tokenizer
+from awq_core.testing import TINY_DECODER, ArchitectureConformance, noise_image, proof_error, save_tiny, tiny_tokenizer
 from awq_plugin_cohere import COHERE, COHERE2_MOE
 
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
+TINY = {**TINY_DECODER, "pad_token_id": 0}
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "head_dim": 16}
 TOWER = {
     "hidden_size": 32,
@@ -132,15 +121,9 @@ def source(tmp_path):
     return folder
 
 
-def picture(seed):
-    """Noise, 20 x 24 pixels."""
-    generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray((torch.rand(20, 24, 3, generator=generator) * 255).byte().numpy())
-
-
 def test_calibration_with_images_and_generation_from_one(source, tmp_path):
     out = tmp_path / "out"
-    samples = [{"text": f"number {seed}", "images": [picture(seed)]} for seed in range(3)]
+    samples = [{"text": f"number {seed}", "images": [noise_image(seed, 20, 24)]} for seed in range(3)]
     config = QuantConfig(group_size=32, components={"vision": "4bit", "projector": "4bit"})
     result = api.quantize(source, out, config=config, calibration=samples, samples=3)
     vision = [report for report in result.reports if "vision_tower" in report.name]
@@ -151,7 +134,7 @@ def test_calibration_with_images_and_generation_from_one(source, tmp_path):
     assert {report.tokens for report in vision} == {4 * report.tokens for report in projector}
     assert all(report.tokens == result.calibration.tokens for report in language)
 
-    batch = AutoProcessor.from_pretrained(out)(text="<image>what?", images=picture(0), return_tensors="pt")
+    batch = AutoProcessor.from_pretrained(out)(text="<image>what?", images=noise_image(0, 20, 24), return_tensors="pt")
     assert int((batch["input_ids"] == PATCH).sum()) == 4 * len(batch["pixel_values"])
     model = load(out)
     with torch.no_grad():
@@ -177,7 +160,7 @@ class Processor:
 def test_cohere2_vision_with_images(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     save_tiny(cohere2_vision(), source)
-    samples = [{"text": f"number {seed}", "images": [picture(seed)]} for seed in range(3)]
+    samples = [{"text": f"number {seed}", "images": [noise_image(seed, 20, 24)]} for seed in range(3)]
     config = QuantConfig(group_size=32, components={"vision": "4bit", "projector": "4bit"})
     result = api.quantize(source, out, config=config, calibration=samples, tokenizer=Processor(), samples=3)
     vision = [report for report in result.reports if "vision_tower" in report.name]
@@ -185,7 +168,7 @@ def test_cohere2_vision_with_images(tmp_path):
     assert (len(vision), len(projector)) == (2 * 6, 2)
     assert {report.tokens for report in vision} == {3 * 16} and {report.tokens for report in projector} == {3 * 4}
 
-    batch = Processor()("<|image_pad|>what?", [picture(9)], "pt")
+    batch = Processor()("<|image_pad|>what?", [noise_image(9, 20, 24)], "pt")
     model = load(out)
     with torch.no_grad():
         got, want = model(**batch).logits, load(out, fake_quant=True)(**batch).logits

@@ -8,19 +8,9 @@ from transformers import Ernie4_5_MoeConfig, Ernie4_5Config
 from awq_core.hooks import presets
 from awq_core.hooks.manager import default_manager
 from awq_core.quantization.proof import prove
+from awq_core.testing import TINY_DECODER as TINY
 from awq_core.testing import ArchitectureConformance
 
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 MOE = {**TINY, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32}
 
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 from transformers import (
     AutoProcessor,
     Gemma2Config,
@@ -28,20 +27,9 @@ from awq_core.hooks import ScaleGroup
 from awq_core.hooks.manager import default_manager
 from awq_core.quantization.proof import prove
 from awq_core.runtime.load import load
-from awq_core.testing import ArchitectureConformance, proof_error, save_tiny, tiny_tokenizer
+from awq_core.testing import TINY_DECODER, ArchitectureConformance, noise_image, proof_error, save_tiny, tiny_tokenizer
 
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
+TINY = {**TINY_DECODER, "head_dim": 16, "pad_token_id": 0}
 KINDS = ["sliding_attention", "full_attention"]
 TOWER = {
     "hidden_size": 32,
@@ -194,15 +182,9 @@ def source(tmp_path):
     return folder
 
 
-def picture(seed):
-    """Noise, 20 x 24 pixels."""
-    generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray((torch.rand(20, 24, 3, generator=generator) * 255).byte().numpy())
-
-
 def test_calibration_with_images_and_generation_from_one(source, tmp_path):
     out = tmp_path / "out"
-    samples = [{"text": f"number {seed}", "images": [picture(seed)]} for seed in range(3)]
+    samples = [{"text": f"number {seed}", "images": [noise_image(seed, 20, 24)]} for seed in range(3)]
     config = QuantConfig(group_size=32, components={"vision": "4bit"})
     result = api.quantize(source, out, config=config, calibration=samples, samples=3)
     vision = [report for report in result.reports if "vision_tower" in report.name]
@@ -211,7 +193,9 @@ def test_calibration_with_images_and_generation_from_one(source, tmp_path):
     assert all(report.tokens == 3 * 16 for report in vision)
     assert all(report.tokens == result.calibration.tokens for report in language)
 
-    batch = AutoProcessor.from_pretrained(out)(text="<|vision_start|>what?", images=picture(0), return_tensors="pt")
+    batch = AutoProcessor.from_pretrained(out)(
+        text="<|vision_start|>what?", images=noise_image(0, 20, 24), return_tensors="pt"
+    )
     assert int((batch["input_ids"] == 2).sum()) == 4
     model = load(out)
     with torch.no_grad():
@@ -239,7 +223,7 @@ class Gemma4Processor:
 def test_gemma4_with_images(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     save_tiny(gemma4_multimodal(), source)
-    samples = [{"text": f"number {seed}", "images": [picture(seed)]} for seed in range(3)]
+    samples = [{"text": f"number {seed}", "images": [noise_image(seed, 20, 24)]} for seed in range(3)]
     config = QuantConfig(group_size=32, components={"vision": "4bit", "projector": "4bit"})
     result = api.quantize(source, out, config=config, calibration=samples, tokenizer=Gemma4Processor(), samples=3)
     vision = [report for report in result.reports if "vision_tower" in report.name]
@@ -247,7 +231,7 @@ def test_gemma4_with_images(tmp_path):
     assert len(vision) == 2 * 7 and len(projector) == 1
     assert {report.tokens for report in vision} == {3 * 18} and projector[0].tokens == 3 * 2
 
-    batch = Gemma4Processor()("<image>what?", [picture(0)], "pt")
+    batch = Gemma4Processor()("<image>what?", [noise_image(0, 20, 24)], "pt")
     model = load(out)
     with torch.no_grad():
         got, want = model(**batch).logits, load(out, fake_quant=True)(**batch).logits

@@ -14,7 +14,7 @@ refused: calibration runs one layer at a time.
 
 from dataclasses import replace
 
-from awq_core.hooks import Architecture, ComponentPolicy, LayerStack, ScaleGroup, hookimpl, presets
+from awq_core.hooks import Architecture, LayerStack, ScaleGroup, hookimpl, presets
 
 LANGUAGE = LayerStack(component="language", blocks="model.layers")
 POSITIONS = ("model.visual.embeddings.position_embedding",)  # interpolated, not called
@@ -22,11 +22,6 @@ VISION_LANGUAGE = (
     LayerStack(component="vision", blocks="model.visual.blocks", prelude=POSITIONS),
     LayerStack(component="projector", blocks="model.visual.merger", prelude=POSITIONS),
     LayerStack(component="language", blocks="model.language_model.layers", prelude=POSITIONS),
-)
-POLICIES = (
-    ComponentPolicy(component="language", action="quantize"),
-    ComponentPolicy(component="vision", action="keep", reason="a few percent of the weights, and sensitive"),
-    ComponentPolicy(component="projector", action="keep", reason="every image token passes through it"),
 )
 FUSED_MLP = (
     ScaleGroup(prev="post_attention_layernorm", layers=("mlp.gate_up_proj",)),
@@ -62,7 +57,7 @@ VISION = Architecture(
     model_types=("glm4v",),
     stacks=VISION_LANGUAGE,
     scale_groups=DENSE_BLOCK,
-    components=POLICIES,
+    components=presets.LANGUAGE_ALONE,
     fused=presets.fused_attention(),
 )
 VISION_MIXTURE = Architecture(
@@ -70,7 +65,7 @@ VISION_MIXTURE = Architecture(
     model_types=("glm4v_moe",),
     stacks=VISION_LANGUAGE,
     scale_groups=MIXTURE_BLOCK,
-    components=POLICIES,
+    components=presets.LANGUAGE_ALONE,
     fused=presets.FUSED_BLOCK,
 )
 INDEXER = {

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 from transformers import (
     Glm4Config,
     Glm4MoeConfig,
@@ -22,19 +21,9 @@ from awq_core.errors import PlanError
 from awq_core.hooks.manager import default_manager
 from awq_core.quantization.proof import prove
 from awq_core.runtime.load import load
-from awq_core.testing import ArchitectureConformance, save_tiny, tiny_tokenizer
+from awq_core.testing import TINY_DECODER as TINY
+from awq_core.testing import ArchitectureConformance, noise_image, save_tiny, tiny_tokenizer
 
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 MIXTURE = {
     **TINY,
     "head_dim": 16,
@@ -142,17 +131,11 @@ class Processor:
         return {"input_ids": tokens["input_ids"], "mm_token_type_ids": kinds, **pixels}
 
 
-def picture(seed):
-    """Noise, 16 x 24 pixels."""
-    generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray((torch.rand(16, 24, 3, generator=generator) * 255).byte().numpy())
-
-
 @pytest.mark.parametrize("config", [glm4v, glm4v_moe])
 def test_calibration_with_images(config, tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     save_tiny(config(), source)
-    samples = [{"text": f"number {seed}", "images": [picture(seed)]} for seed in range(3)]
+    samples = [{"text": f"number {seed}", "images": [noise_image(seed, 16, 24)]} for seed in range(3)]
     settings = QuantConfig(group_size=32, components={"vision": "4bit", "projector": "4bit"})
     result = api.quantize(source, out, config=settings, calibration=samples, tokenizer=Processor(), samples=3)
     projector = [report for report in result.reports if ".visual.merger." in report.name]

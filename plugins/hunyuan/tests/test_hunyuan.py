@@ -7,20 +7,9 @@ from transformers import HunYuanDenseV1Config, HunYuanMoEV1Config
 
 from awq_core.hooks.manager import default_manager
 from awq_core.quantization.proof import prove
-from awq_core.testing import ArchitectureConformance
+from awq_core.testing import TINY_DECODER, ArchitectureConformance
 
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+TINY = {**TINY_DECODER, "head_dim": 16}
 MULTI_HEAD = {**TINY, "num_key_value_heads": 4}
 MOE = {**TINY, "intermediate_size": 64, "num_experts": 4, "moe_topk": 2}
 

@@ -5,7 +5,7 @@ Idefics 3 and SmolVLM. The connector is one block: in Idefics 2 a gated MLP and 
 patches; in the others one linear, which reads neighbouring patches joined into one.
 """
 
-from awq_core.hooks import Architecture, ComponentPolicy, LayerStack, hookimpl
+from awq_core.hooks import Architecture, LayerStack, hookimpl, presets
 
 IDEFICS = Architecture(
     family="idefics",
@@ -21,11 +21,7 @@ IDEFICS = Architecture(
             prelude=("model.vision_model.embeddings.patch_embedding",),
         ),
     ),
-    components=(
-        ComponentPolicy(component="language", action="quantize"),
-        ComponentPolicy(component="vision", action="keep", reason="a few percent of the weights, and sensitive"),
-        ComponentPolicy(component="projector", action="keep", reason="every image token passes through it"),
-    ),
+    components=presets.LANGUAGE_ALONE,
 )
 
 

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from transformers import (
     AutoProcessor,
@@ -28,7 +27,7 @@ from awq_core.hooks.manager import PluginManager
 from awq_core.planning import make_plan
 from awq_core.runtime.load import load
 from awq_core.skeleton import build_skeleton
-from awq_core.testing import ArchitectureConformance, save_tiny, tiny_tokenizer
+from awq_core.testing import ArchitectureConformance, noise_image, save_tiny, tiny_tokenizer
 
 TEXT = {
     "hidden_size": 64,
@@ -123,12 +122,6 @@ CASES = {
 }
 
 
-def picture(seed):
-    """Noise, 12 x 16 pixels."""
-    generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray((torch.rand(12, 16, 3, generator=generator) * 255).byte().numpy())
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_calibration_with_images_and_generation_from_one(name, tmp_path):
     config, make_processor = CASES[name]
@@ -137,7 +130,7 @@ def test_calibration_with_images_and_generation_from_one(name, tmp_path):
     own = name != "smolvlm"
     if own:
         processor.save_pretrained(source)
-    samples = [{"text": f"number {seed}", "images": [picture(seed)]} for seed in range(3)]
+    samples = [{"text": f"number {seed}", "images": [noise_image(seed, 12, 16)]} for seed in range(3)]
     wanted = QuantConfig(group_size=32, components={"vision": "4bit", "projector": "4bit"})
     result = api.quantize(
         source, out, config=wanted, calibration=samples, samples=3, tokenizer=None if own else processor
@@ -153,7 +146,7 @@ def test_calibration_with_images_and_generation_from_one(name, tmp_path):
 
     if own:
         processor = AutoProcessor.from_pretrained(out)
-    batch = processor(text="<image>what?", images=[picture(9)], return_tensors="pt")
+    batch = processor(text="<image>what?", images=[noise_image(9, 12, 16)], return_tensors="pt")
     assert int((batch["input_ids"] == IMAGE).sum()) == TOKENS
     model = load(out)
     with torch.no_grad():

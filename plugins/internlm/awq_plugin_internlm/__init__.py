@@ -9,7 +9,7 @@ what the scales of w2 fold into.
 InternLM 3 is Llama by another name. InternVL's language groups come from the plugin that owns its text model.
 """
 
-from awq_core.hooks import Architecture, ComponentPolicy, FusedBlock, LayerStack, ScaleGroup, hookimpl, presets
+from awq_core.hooks import Architecture, FusedBlock, LayerStack, ScaleGroup, hookimpl, presets
 
 LANGUAGE = LayerStack(component="language", blocks="model.layers")
 QKV = "attention.wqkv"
@@ -48,11 +48,7 @@ INTERNVL = Architecture(
         LayerStack(component="projector", blocks="model.multi_modal_projector"),
         LayerStack(component="language", blocks="model.language_model.layers", groups_from="text_config"),
     ),
-    components=(
-        ComponentPolicy(component="language", action="quantize"),
-        ComponentPolicy(component="vision", action="keep", reason="a few percent of the weights, and sensitive"),
-        ComponentPolicy(component="projector", action="keep", reason="every image token passes through it"),
-    ),
+    components=presets.LANGUAGE_ALONE,
 )
 
 

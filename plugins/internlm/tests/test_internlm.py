@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,19 +24,9 @@ from awq_core.config import QuantConfig
 from awq_core.hooks.manager import default_manager
 from awq_core.quantization.proof import prove
 from awq_core.runtime.load import load
-from awq_core.testing import ArchitectureConformance, save_tiny, tiny_tokenizer
+from awq_core.testing import TINY_DECODER as TINY
+from awq_core.testing import ArchitectureConformance, noise_image, save_tiny, tiny_tokenizer
 
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 TOWER = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -204,17 +193,11 @@ class Processor:
         return {**self.tokenizer(prompt, return_tensors=return_tensors), "pixel_values": pixels}
 
 
-def picture(seed):
-    """Noise, 16 x 24 pixels."""
-    generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray((torch.rand(16, 24, 3, generator=generator) * 255).byte().numpy())
-
-
 @pytest.mark.parametrize("text", [Qwen2Config(**TINY), LlamaConfig(**TINY)], ids=["qwen", "llama"])
 def test_calibration_with_images_and_generation_from_one(text, tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     save_tiny(internvl(text), source)
-    samples = [{"text": f"number {seed}", "images": [picture(seed)]} for seed in range(3)]
+    samples = [{"text": f"number {seed}", "images": [noise_image(seed, 16, 24)]} for seed in range(3)]
     settings = QuantConfig(group_size=32, components={"vision": "4bit", "projector": "4bit"})
     result = api.quantize(source, out, config=settings, calibration=samples, tokenizer=Processor(), samples=3)
     vision = [report for report in result.reports if ".vision_tower." in report.name]
@@ -224,7 +207,7 @@ def test_calibration_with_images_and_generation_from_one(text, tmp_path):
     language = [report for report in result.reports if ".language_model." in report.name]
     assert len(language) == 14 and all(report.tokens == result.calibration.tokens for report in language)
 
-    batch = Processor()("<image>what is it?", [picture(9)], "pt")
+    batch = Processor()("<image>what is it?", [noise_image(9, 16, 24)], "pt")
     with torch.no_grad():
         got, want = load(out)(**batch).logits, load(out, fake_quant=True)(**batch).logits
     assert float((got - want).norm() / want.norm()) < 1e-4

@@ -9,7 +9,7 @@ shared expert to those chosen, and multiplies their *inputs* by the router's sco
     post_attention_layernorm -> experts' gate and up, the shared expert's, the router          up -> down
 """
 
-from awq_core.hooks import Architecture, ComponentPolicy, LayerStack, hookimpl, presets
+from awq_core.hooks import Architecture, LayerStack, hookimpl, presets
 
 LANGUAGE = LayerStack(component="language", blocks="model.layers")
 
@@ -64,11 +64,7 @@ LLAMA4 = Architecture(
             groups_from="text_config",
         ),
     ),
-    components=(
-        ComponentPolicy(component="language", action="quantize"),
-        ComponentPolicy(component="vision", action="keep", reason="a few percent of the weights, and sensitive"),
-        ComponentPolicy(component="projector", action="keep", reason="every image token passes through it"),
-    ),
+    components=presets.LANGUAGE_ALONE,
 )
 
 

@@ -5,24 +5,19 @@ Mistral needs `awq-plugin-mistral` installed beside this one. LLaVA-NeXT-Video a
 the tower for images; Video-LLaVA has two, the one for frames is a component of its own, "video".
 """
 
-from awq_core.hooks import Architecture, ComponentPolicy, LayerStack, hookimpl
+from awq_core.hooks import Architecture, ComponentPolicy, LayerStack, hookimpl, presets
 
 LANGUAGE = LayerStack(component="language", blocks="model.language_model.layers", groups_from="text_config")
 PROJECTOR = LayerStack(component="projector", blocks="model.multi_modal_projector")
 # CLIP and SigLIP towers keep their blocks in one place, Pixtral's in another.
 VISION_PATHS = ("model.vision_tower.encoder.layers", "model.vision_tower.transformer.layers")
 HEAD = "model.vision_tower.head"  # SigLIP's: its attention reads a weight without calling it
-POLICIES = (
-    ComponentPolicy(component="language", action="quantize"),
-    ComponentPolicy(component="vision", action="keep", reason="a few percent of the weights, and sensitive"),
-    ComponentPolicy(component="projector", action="keep", reason="every image token passes through it"),
-)
 
 LLAVA = Architecture(
     family="llava",
     model_types=("llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava"),
     stacks=(LayerStack(component="vision", blocks=VISION_PATHS[0]), PROJECTOR, LANGUAGE),
-    components=POLICIES,
+    components=presets.LANGUAGE_ALONE,
 )
 VIDEO_LLAVA = Architecture(
     family="llava",
@@ -34,7 +29,7 @@ VIDEO_LLAVA = Architecture(
         LANGUAGE,
     ),
     components=(
-        *POLICIES,
+        *presets.LANGUAGE_ALONE,
         ComponentPolicy(component="video", action="keep", reason="a few percent of the weights, and sensitive"),
     ),
 )

@@ -34,19 +34,9 @@ from awq_core.hooks.manager import PluginManager
 from awq_core.planning import make_plan
 from awq_core.runtime.load import load
 from awq_core.skeleton import build_skeleton
+from awq_core.testing import TINY_DECODER as TINY
 from awq_core.testing import ArchitectureConformance, save_tiny, tiny_tokenizer
 
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 TOWER = {
     "hidden_size": 32,
     "intermediate_size": 64,

@@ -12,7 +12,7 @@ Mistral 4 is a mixture with shared experts behind multi-head latent attention:
 Model type `mistral3` is Pixtral's tower, a projector that merges patches, and whichever text model of these.
 """
 
-from awq_core.hooks import Architecture, ComponentPolicy, LayerStack, hookimpl, presets
+from awq_core.hooks import Architecture, LayerStack, hookimpl, presets
 
 LANGUAGE = LayerStack(component="language", blocks="model.layers")
 EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -54,11 +54,7 @@ MISTRAL3 = Architecture(
         LayerStack(component="projector", blocks="model.multi_modal_projector"),
         LayerStack(component="language", blocks="model.language_model.layers", groups_from="text_config"),
     ),
-    components=(
-        ComponentPolicy(component="language", action="quantize"),
-        ComponentPolicy(component="vision", action="keep", reason="a few percent of the weights, and sensitive"),
-        ComponentPolicy(component="projector", action="keep", reason="every image token passes through it"),
-    ),
+    components=presets.LANGUAGE_ALONE,
 )
 
 

@@ -24,22 +24,11 @@ from awq_core.hooks.manager import PluginManager
 from awq_core.modules import unstack_experts
 from awq_core.runtime.load import load
 from awq_core.skeleton import build_skeleton
-from awq_core.testing import ArchitectureConformance, proof_error, save_tiny, tiny_tokenizer
+from awq_core.testing import TINY_DECODER, ArchitectureConformance, proof_error, save_tiny, tiny_tokenizer
 from awq_core.testing.tiny import tiny_weights
 from awq_plugin_mistral import EXPERT_NAMES, MISTRAL4, MIXTRAL, MIXTRAL_NAMES
 
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+TINY = {**TINY_DECODER, "head_dim": 16}
 
 
 LATENT = {

@@ -4,20 +4,9 @@ from dataclasses import replace
 
 from transformers import NemotronConfig
 
+from awq_core.testing import TINY_DECODER as TINY
 from awq_core.testing import ArchitectureConformance, proof_error
 from awq_plugin_nemotron import NEMOTRON
-
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 
 
 class TestNemotron(ArchitectureConformance):

@@ -13,20 +13,10 @@ from awq_core.hooks.manager import default_manager
 from awq_core.planning import make_plan
 from awq_core.quantization.proof import prove
 from awq_core.skeleton import build_skeleton
-from awq_core.testing import ArchitectureConformance, proof_error
+from awq_core.testing import TINY_DECODER, ArchitectureConformance, proof_error
 from awq_core.testing.tiny import tiny_weights
 
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
+TINY = {**TINY_DECODER, "pad_token_id": 0}
 MULTI_HEAD = {**TINY, "num_key_value_heads": 4}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2}
 CLAMP = {"clip_qkv": 0.3}  # narrow enough to be met

@@ -6,7 +6,7 @@ groups are those of the text models, with norms that multiply by 1 + weight.
 
 from dataclasses import replace
 
-from awq_core.hooks import Architecture, ComponentPolicy, LayerStack, hookimpl
+from awq_core.hooks import Architecture, LayerStack, hookimpl, presets
 
 HEAD = "model.vision_tower.head"  # its attention reads a linear's weight without calling it
 PALIGEMMA = Architecture(
@@ -17,11 +17,7 @@ PALIGEMMA = Architecture(
         LayerStack(component="projector", blocks="model.multi_modal_projector"),
         LayerStack(component="language", blocks="model.language_model.layers", groups_from="text_config"),
     ),
-    components=(
-        ComponentPolicy(component="language", action="quantize"),
-        ComponentPolicy(component="vision", action="keep", reason="a few percent of the weights, and sensitive"),
-        ComponentPolicy(component="projector", action="keep", reason="every image token passes through it"),
-    ),
+    components=presets.LANGUAGE_ALONE,
 )
 
 

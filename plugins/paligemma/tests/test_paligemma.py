@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from PIL import Image
 from transformers import (
     AutoProcessor,
     Gemma2Config,
@@ -16,7 +15,7 @@ from transformers import (
 from awq_core import api
 from awq_core.config import QuantConfig
 from awq_core.runtime.load import load
-from awq_core.testing import ArchitectureConformance, save_tiny, tiny_tokenizer
+from awq_core.testing import ArchitectureConformance, noise_image, save_tiny, tiny_tokenizer
 
 TEXT = {
     "hidden_size": 64,
@@ -79,12 +78,6 @@ class TestPaliGemma2(ArchitectureConformance):
         return {"paligemma2": paligemma2(), "paligemma2-head": paligemma2(vision_use_head=True)}
 
 
-def picture(seed):
-    """Noise, 20 x 24 pixels."""
-    generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray((torch.rand(20, 24, 3, generator=generator) * 255).byte().numpy())
-
-
 def processor():
     images = SiglipImageProcessorPil(size={"height": 16, "width": 16})
     images.image_seq_length = TOKENS
@@ -98,7 +91,7 @@ def test_calibration_with_images_and_generation_from_one(config, tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     save_tiny(config, source)
     processor().save_pretrained(source)
-    samples = [{"text": f"number {seed}", "images": [picture(seed)]} for seed in range(3)]
+    samples = [{"text": f"number {seed}", "images": [noise_image(seed, 20, 24)]} for seed in range(3)]
     wanted = QuantConfig(group_size=32, components={"vision": "4bit", "projector": "4bit"})
     result = api.quantize(source, out, config=wanted, calibration=samples, samples=3)
     vision = [report for report in result.reports if "vision_tower" in report.name]
@@ -108,7 +101,7 @@ def test_calibration_with_images_and_generation_from_one(config, tmp_path):
     assert all(report.tokens == 3 * TOKENS for report in (*vision, *projector))
     assert all(report.tokens == result.calibration.tokens > 3 * TOKENS for report in language)
 
-    batch = AutoProcessor.from_pretrained(out)(text="<image>what?", images=picture(9), return_tensors="pt")
+    batch = AutoProcessor.from_pretrained(out)(text="<image>what?", images=noise_image(9, 20, 24), return_tensors="pt")
     assert int((batch["input_ids"] == IMAGE).sum()) == TOKENS
     model = load(out)
     with torch.no_grad():

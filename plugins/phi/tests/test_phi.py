@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from PIL import Image
 from transformers import Phi3Config, Phi4MultimodalConfig, PhiConfig, PhimoeConfig
 
 import awq_plugin_phi
@@ -15,20 +14,10 @@ from awq_core.config import QuantConfig
 from awq_core.hooks.manager import default_manager
 from awq_core.quantization.proof import prove
 from awq_core.runtime.load import load
-from awq_core.testing import ArchitectureConformance, proof_error, save_tiny, tiny_tokenizer
+from awq_core.testing import TINY_DECODER, ArchitectureConformance, noise_image, proof_error, save_tiny, tiny_tokenizer
 from awq_core.testing.tiny import tiny_weights
 
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
+TINY = {**TINY_DECODER, "pad_token_id": 0}
 MULTI_HEAD = {**TINY, "num_key_value_heads": 4}
 IMAGE = 2  # id of "<image>" in the kit's tiny tokenizer
 
@@ -156,16 +145,10 @@ class Processor:
         }
 
 
-def picture(seed):
-    """Noise, 20 x 24 pixels."""
-    generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray((torch.rand(20, 24, 3, generator=generator) * 255).byte().numpy())
-
-
 def test_calibration_with_images_and_generation_from_one(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     save_tiny(phi4_multimodal(), source)
-    samples = [{"text": f"number {seed}", "images": [picture(seed)]} for seed in range(3)]
+    samples = [{"text": f"number {seed}", "images": [noise_image(seed, 20, 24)]} for seed in range(3)]
     config = QuantConfig(group_size=32, components={"vision": "4bit"})
     result = api.quantize(source, out, config=config, calibration=samples, tokenizer=Processor(), samples=3)
     vision = [report for report in result.reports if "img_processor" in report.name]
@@ -175,7 +158,7 @@ def test_calibration_with_images_and_generation_from_one(tmp_path):
     assert all(report.tokens == 3 * 2 * 16 for report in vision)
     assert all(report.tokens == result.calibration.tokens for report in language)
 
-    batch = Processor()("<image>what?", [picture(0)], "pt")
+    batch = Processor()("<image>what?", [noise_image(0, 20, 24)], "pt")
     model = load(out)
     with torch.no_grad():
         got, want = model(**batch).logits, load(out, fake_quant=True)(**batch).logits

@@ -5,31 +5,26 @@ model's. Qwen3-VL adds image features after its first blocks as well. Omni's tow
 images.
 """
 
-from awq_core.hooks import Architecture, ComponentPolicy, LayerStack
+from awq_core.hooks import Architecture, ComponentPolicy, LayerStack, presets
 
 STACKS = (
     LayerStack(component="vision", blocks="model.visual.blocks"),
     LayerStack(component="projector", blocks="model.visual.merger"),
     LayerStack(component="language", blocks="model.language_model.layers", groups_from="text_config"),
 )
-POLICIES = (
-    ComponentPolicy(component="language", action="quantize"),
-    ComponentPolicy(component="vision", action="keep", reason="a few percent of the weights, and sensitive"),
-    ComponentPolicy(component="projector", action="keep", reason="every image token passes through it"),
-)
 
 VISION = Architecture(
     family="qwen",
     model_types=("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
     stacks=STACKS,
-    components=POLICIES,
+    components=presets.LANGUAGE_ALONE,
 )
 OMNI = Architecture(
     family="qwen",
     model_types=("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
     stacks=(LayerStack(component="audio", blocks="model.audio_tower.layers"), *STACKS),
     components=(
-        *POLICIES,
+        *presets.LANGUAGE_ALONE,
         ComponentPolicy(component="audio", action="keep", reason="a few percent of the weights, and sensitive"),
     ),
 )

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from PIL import Image
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5OmniThinkerConfig,
@@ -28,21 +27,11 @@ from awq_core.calibration.trace import record
 from awq_core.config import QuantConfig
 from awq_core.modules import unstack_experts
 from awq_core.runtime.load import load
-from awq_core.testing import ArchitectureConformance, proof_error, save_tiny, tiny_tokenizer
+from awq_core.testing import TINY_DECODER as TINY
+from awq_core.testing import ArchitectureConformance, noise_image, proof_error, save_tiny, tiny_tokenizer
 from awq_core.testing.tiny import tiny_weights
 from awq_plugin_qwen import HYBRID
 
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 MOE = {**TINY, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 # Ids of the placeholders in the kit's tiny tokenizer.
@@ -197,12 +186,6 @@ class Processor:
         return {"input_ids": tokens["input_ids"], **({"mm_token_type_ids": kinds} if self.kinds else {}), **pixels}
 
 
-def picture(seed):
-    """Noise, 16 x 24 pixels."""
-    generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray((torch.rand(16, 24, 3, generator=generator) * 255).byte().numpy())
-
-
 IMAGE_MODELS = [qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen3_5, qwen3_5_moe, qwen2_5_omni, qwen3_omni]
 
 
@@ -210,7 +193,7 @@ IMAGE_MODELS = [qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen3_5, qwen3_5_m
 def test_calibration_with_images(config, tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     save_tiny(config(), source)
-    samples = [{"text": f"number {seed}", "images": [picture(seed)]} for seed in range(3)]
+    samples = [{"text": f"number {seed}", "images": [noise_image(seed, 16, 24)]} for seed in range(3)]
     settings = QuantConfig(group_size=32, components={"vision": "4bit"})
     processor = Processor(kinds=config not in (qwen2_5_omni, qwen3_omni))
     result = api.quantize(source, out, config=settings, calibration=samples, tokenizer=processor, samples=3)
@@ -233,7 +216,7 @@ def test_calibration_with_images(config, tmp_path):
 def test_features_added_between_blocks_reach_calibration(tmp_path):
     """Qwen3-VL adds image features after its first blocks. The recorded inputs must equal those of a real pass."""
     model = tiny_weights(qwen3_vl())
-    batch = Processor()(["<|vision_start|><|image_pad|><|vision_end|>hello"], [picture(0)], "pt")
+    batch = Processor()(["<|vision_start|><|image_pad|><|vision_end|>hello"], [noise_image(0, 16, 24)], "pt")
     blocks = list(model.get_submodule("model.language_model.layers"))
     seen = []
     handles = [block.register_forward_pre_hook(lambda module, args: seen.append(args[0])) for block in blocks]
