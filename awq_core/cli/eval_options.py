@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from awq_core.cli.options import Decorator
+from awq_core.sizes import parse_size
 
 PROTOCOLS = ("windows", "sliding", "c4", "c4-new")
 # What can be measured, and what needs the original beside it.
@@ -147,7 +148,8 @@ class Request:
         return found
 
     def check(self) -> None:
-        """Raises click.UsageError where options contradict one another or lack another."""
+        """Raises click.UsageError where options contradict one another or lack another, ConfigError for no size."""
+        parse_size(self.cache_limit)
         text = self.source or self.split or self.bits_per_byte or self.protocol or self.stride
         text = text or self.window or self.max_windows
         lacking = [
@@ -157,6 +159,7 @@ class Request:
             (self.bits_per_byte and (self.protocol or self.stride), "--bits-per-byte has a protocol of its own"),
             (self.stride and self.protocol not in (None, "sliding"), "--stride is of --protocol sliding"),
             (self.cache and self.against is None, "--cache keeps what --against names, which is missing"),
+            (self.cache_limit != CACHE_LIMIT and not self.cache, "--cache-limit is of --cache"),
             (self.cache and not self.wants_text, "--cache is of the divergence on text"),
             (self.task_folder and not self.tasks, "--task-folder needs --tasks"),
             (self.tasks is not None and not self.task_names, "--tasks names none"),

@@ -19,8 +19,8 @@ from awq_core.evaluation.perplexity import evaluating
 
 
 def is_custom(task: str) -> bool:
-    """Whether a task is written FILE.py:function."""
-    return ".py:" in task
+    """Whether a task is written FILE.py:function, or means to be and names no function."""
+    return ".py:" in task or task.endswith(".py")
 
 
 def custom_metric(task: str, model: Any, tokenizer: Any) -> dict[str, float]:
@@ -53,6 +53,8 @@ def find(task: str) -> Any:
     Raises: as `custom_metric`.
     """
     file, _, name = task.rpartition(":")
+    if not file or name.endswith(".py"):
+        raise ConfigError(f"{task} names no function", hint="write it as FILE.py:function")
     path = Path(file)
     if not path.is_file():
         raise ConfigError(f"{task}: no such file: {file}", hint="write it as FILE.py:function")

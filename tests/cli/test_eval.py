@@ -82,16 +82,25 @@ def test_the_builtin_text_is_what_calibration_reads_last():
         (["--include", "ArXiv"], 2, "--include is of --bits-per-byte"),
         (["--max-documents", 3], 2, "--max-documents is of --bits-per-byte"),
         (["--cache", "x"], 2, "--against"),
+        (["--cache-limit", "1GB"], 2, "--cache-limit is of --cache"),
+        (["--cache", "x", "--against", "y", "--cache-limit", "much"], 2, "'much' is no size"),
         (["--stride", 8, "--protocol", "c4"], 2, "--stride"),
         (["--stride", 64, "--window", 32], 2, "stride=64"),
         (["--protocol", "c4"], 2, "need --text"),
         (["--tasks", "none.py:f"], 2, "no such file"),
+        (["--tasks", "none.py"], 2, "none.py names no function"),
         (["--tasks", " , "], 2, "--tasks names none"),
         (["--task-folder", "x"], 2, "--task-folder needs --tasks"),
     ],
 )
 def test_failures(awq, llama_source, options, code, words):
     assert words in awq("eval", llama_source, *options, code=code).stderr
+
+
+def test_a_wrong_original_is_said_before_anything_is_measured(awq, llama_source, corpus_file, monkeypatch):
+    monkeypatch.setattr("awq_core.cli.models.open_model", lambda *args, **kwargs: pytest.fail("a model was opened"))
+    for options in (["--text", corpus_file], ["--text", corpus_file, "--bits-per-byte"]):
+        assert "./nowhere: no such model" in awq("eval", llama_source, *options, "--against", "./nowhere", code=1).stderr
 
 
 PILE = [("one two three", "ArXiv"), ("x = 1\n" * 40, "Github"), ("ü", "ArXiv")]
