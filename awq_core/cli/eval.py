@@ -85,11 +85,9 @@ def evaluate(
         measure_text,
     )
     from awq_core.cli.eval_show import tell
-    from awq_core.skeleton import resolve
 
     gates = gates_of(request)
-    if request.against is not None:
-        resolve(request.against)  # a wrong name is said now, not after the first measurement
+    models.check_folders(model, request.against)
     given = None
     if request.wants_text:
         given = eval_text(

@@ -28,6 +28,19 @@ def pick_device(device: str) -> str:
     return device
 
 
+def check_folders(*names: str | None) -> None:
+    """Say a wrong name at once, not after the first of several models was measured.
+
+    Raises:
+        CheckpointError: no folder, no hub name, or no config.json there.
+    """
+    from awq_core.skeleton import raw_config, resolve
+
+    for name in names:
+        if name is not None:
+            raw_config(resolve(name))
+
+
 def open_model(
     model: str, *, device: str, plugin: str | None = None, trust_remote_code: bool = False, fuse: bool = False
 ) -> Any:

@@ -110,6 +110,7 @@ def measured(
     from awq_core.cli.eval_options import Request
     from awq_core.cli.eval_run import Session, measure_text
 
+    models.check_folders(folder, against)
     given = eval_text(source, split, None, max_windows)
     note(f"text: {given.name}")
     tokenizer = models.open_tokenizer(folder, trust_remote_code=trust_remote_code)

@@ -101,6 +101,7 @@ def test_a_wrong_original_is_said_before_anything_is_measured(awq, llama_source,
     monkeypatch.setattr("awq_core.cli.models.open_model", lambda *args, **kwargs: pytest.fail("a model was opened"))
     for options in (["--text", corpus_file], ["--text", corpus_file, "--bits-per-byte"]):
         assert "./nowhere: no such model" in awq("eval", llama_source, *options, "--against", "./nowhere", code=1).stderr
+    assert "no config.json" in awq("eval", corpus_file.parent, "--text", corpus_file, code=1).stderr
 
 
 PILE = [("one two three", "ArXiv"), ("x = 1\n" * 40, "Github"), ("ü", "ArXiv")]

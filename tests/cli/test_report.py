@@ -122,6 +122,11 @@ def test_a_card_without_the_marks_is_left(awq, run, evaluation):
     assert any("README.md" in line and "stays" in line for line in result.errors)
 
 
+def test_a_wrong_original_is_said_before_anything_is_measured(awq, run, monkeypatch):
+    monkeypatch.setattr("awq_core.cli.models.open_model", lambda *args, **kwargs: pytest.fail("a model was opened"))
+    assert "./nowhere: no such model" in awq("report", run, "--against", "./nowhere", code=1).errors[-1]
+
+
 def test_mistakes(awq, run, tmp_path, llama_source):
     assert "holds no awq_report.json" in awq("report", llama_source, code=1).errors[-1]
     assert "cannot be read" in awq("report", run, "--eval", tmp_path / "none.json", code=2).errors[-1]
