@@ -74,6 +74,7 @@ def evaluate(
     """Measure the model in DIR, quantized or not; with --against, its distance from the original."""
     request = Request(**options)
     request.check()
+    from awq_core.calibration import describe_source
     from awq_core.cli import models
     from awq_core.cli.eval_run import (
         Session,
@@ -94,9 +95,10 @@ def evaluate(
             request.source, request.split, request.window, request.max_windows, c4=request.method in ("c4", "c4-new")
         )
         note(f"text: {given.name}")
+    text = given.name if given else describe_source(request.source) if request.bits_per_byte else None
     tokenizer = models.open_tokenizer(model, trust_remote_code=trust_remote_code)
     session = Session(model, tokenizer, request, device, plugin, trust_remote_code, as_json)
-    result: dict[str, Any] = {"model": model, "text": given.name if given else None}
+    result: dict[str, Any] = {"model": model, "text": text}
     result |= {"perplexity": None, "against": None}
     measured: dict[str, float] = {}
     for part in (

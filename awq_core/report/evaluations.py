@@ -69,8 +69,12 @@ def named(value: Any) -> Any:
 
 
 def title(document: Mapping[str, Any]) -> str:
-    """The text it was measured on."""
-    return str(document.get("text", "evaluation"))
+    """What it was measured on: a text, images, or the names of tasks."""
+    parts = {name: value for name, value in document.items() if isinstance(value, Mapping)}
+    metrics = parts.get("tasks", {}).get("metrics")
+    names = (str(name).partition(".")[0] for name in metrics) if isinstance(metrics, Mapping) else ()
+    tasks = ", ".join(dict.fromkeys(names))  # "hellaswag" of "hellaswag.acc"
+    return str(document.get("text") or parts.get("images", {}).get("source") or tasks or "evaluation")
 
 
 def table(document: Mapping[str, Any]) -> Table:

@@ -188,14 +188,19 @@ def write_record(folder: Path, *, cost: Cost | None = None, evaluations: Iterabl
 
 
 def add_evaluations(record: Record, evaluations: Iterable[Mapping[str, Any]]) -> Record:
-    """The record with evaluations, each in the place of an earlier one on the same text against the same model."""
+    """The record with evaluations, each in the place of an earlier one of the same kind, text and original."""
     found = {_about(one): dict(one) for one in (*record.evaluations, *evaluations)}
     return replace(record, evaluations=tuple(found.values()))
 
 
-def _about(evaluation: Mapping[str, Any]) -> tuple[str, str]:
-    against = evaluation.get("against")
-    return str(evaluation.get("text")), str(against.get("model") if isinstance(against, Mapping) else against)
+def _about(evaluation: Mapping[str, Any]) -> tuple[str, ...]:
+    """What tells evaluations apart: what they are on, against which original, and which figures they hold."""
+    parts = {name: value for name, value in evaluation.items() if isinstance(value, Mapping)}
+    original = parts.get("against", {}).get("model")
+    on = evaluation.get("text"), parts.get("images", {}).get("source"), original
+    kinds = sorted(parts.keys() & {"perplexity", "bits_per_byte", "images"})
+    metrics = parts.get("tasks", {}).get("metrics")
+    return tuple(map(str, (*on, *kinds, *(sorted(metrics) if isinstance(metrics, Mapping) else ()))))
 
 
 def _typed(kind: type[T], values: Mapping[str, Any]) -> T:

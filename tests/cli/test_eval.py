@@ -100,7 +100,8 @@ def test_failures(awq, llama_source, options, code, words):
 def test_a_wrong_original_is_said_before_anything_is_measured(awq, llama_source, corpus_file, monkeypatch):
     monkeypatch.setattr("awq_core.cli.models.open_model", lambda *args, **kwargs: pytest.fail("a model was opened"))
     for options in (["--text", corpus_file], ["--text", corpus_file, "--bits-per-byte"]):
-        assert "./nowhere: no such model" in awq("eval", llama_source, *options, "--against", "./nowhere", code=1).stderr
+        failed = awq("eval", llama_source, *options, "--against", "./nowhere", code=1)
+        assert "./nowhere: no such model" in failed.stderr
     assert "no config.json" in awq("eval", corpus_file.parent, "--text", corpus_file, code=1).stderr
 
 
@@ -175,7 +176,7 @@ def test_offline_is_one_line(awq, llama_source, monkeypatch, tmp_path):
 def test_bits_per_byte(awq, read_json, quantized, llama_source, pile):
     options = ["--text", pile, "--bits-per-byte", "--window", 64]
     data = read_json(awq("eval", quantized, *options, "--against", llama_source, "--json"))
-    assert data["perplexity"] is None and data["text"] is None
+    assert data["perplexity"] is None and data["text"] == "pile.jsonl.zst"
     found = data["bits_per_byte"]
     tokenizer, model = AutoTokenizer.from_pretrained(quantized), awq_core.load(quantized)
     rows = [{"text": text, "pile_set_name": name} for text, name in PILE]

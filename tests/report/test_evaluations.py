@@ -65,6 +65,14 @@ def test_perplexity_alone():
     assert found.rows == (("perplexity", "-", "3.0000", "-"),)
 
 
+def test_titles():
+    metrics = {"arc.acc": {"value": 0.5}, "arc.acc_norm": {"value": 0.5}, "mmlu.acc": {"value": 0.5}}
+    assert title({"text": "notes", "tasks": {"metrics": metrics}}) == "notes"
+    assert title({"text": None, "tasks": {"metrics": metrics}}) == "arc, mmlu"
+    assert title({"text": None, "images": {"source": "photos"}}) == "photos"
+    assert title({"text": None, "tasks": {"metrics": [1]}, "images": 3}) == title({}) == "evaluation"
+
+
 def test_what_is_not_known_is_listed():
     document = {
         **DOCUMENT,

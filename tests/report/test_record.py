@@ -94,6 +94,23 @@ def test_adding_to_a_record(record, tmp_path):
     assert found.rows == record.rows and [path.name for path in tmp_path.iterdir()] == [RECORD]
 
 
+def test_evaluations_of_other_figures_do_not_replace_one_another(record, tmp_path):
+    (tmp_path / RECORD).write_text(record.to_json())
+    kinds = [
+        {"text": "notes", "perplexity": {"perplexity": 3.5}, "against": None},
+        {"text": "notes", "perplexity": None, "bits_per_byte": {"bits_per_byte": 0.9}},
+        {"text": None, "images": {"source": "photos"}},
+        {"text": None, "images": {"source": "drawings"}},
+        {"text": None, "tasks": {"metrics": {"arc.acc": {"value": 0.5}}}},
+        {"text": None, "tasks": {"metrics": {"mmlu.acc": {"value": 0.5}}}},
+        {"text": None, "tasks": {"metrics": [3]}},
+    ]
+    write_record(tmp_path, evaluations=kinds)
+    again = {"text": None, "tasks": {"metrics": {"arc.acc": {"value": 0.25}}}}
+    write_record(tmp_path, evaluations=[again])
+    assert read_record(tmp_path).evaluations == (*kinds[:4], again, *kinds[5:])
+
+
 def broken(record, **changes):
     return json.dumps({**json.loads(record.to_json()), **changes})
 
