@@ -39,6 +39,7 @@ from awq_core.quantization.engine import BlockDone, Engine
 from awq_core.quantization.proof import Proof, require_proof
 from awq_core.quantization.reuse import SCALES, Found, scales_file
 from awq_core.quantization.sensitivity import Sensing, allocation_for
+from awq_core.quantization.shards import sharded
 from awq_core.quantization.spread import spreading
 from awq_core.recipe import RECIPE, recipe_text
 from awq_core.report.card import section
@@ -116,6 +117,7 @@ def quantize(
     samples: int = 128,
     seq_len: int = 512,
     subsets: Subsets | None = None,
+    calib_shards: int = 1,
     plugin: str | None = None,
     device: str = "auto",
     engine: str = "local",
@@ -142,9 +144,12 @@ def quantize(
             dataset name, list of strings or of token lists, or ready `CalibrationData`; None is the built-in default.
         samples, seq_len: calibration windows and tokens in each.
         subsets: calibrate on these subsets only of a corpus whose rows name one, as The Pile's do.
+        calib_shards: parts of the calibration samples whose forward passes are independent work, for `engine` "ray" and
+            several devices. The number decides the last bit of sums over tokens, and who works them does not.
         plugin: owner, where two installed plugins claim the model.
         device: "auto" (CUDA where present), "cpu", "cuda:1", ...; "cuda:0,cuda:1" shares a block's searches out.
-        engine: "local", or "ray": a block's searches are tasks on a Ray cluster. The same bytes either way.
+        engine: "local", or "ray": a block's searches, and its forward passes over `calib_shards`, are tasks on a Ray
+            cluster. The same bytes either way.
         address: of the cluster, as `ray.init` takes it: "auto", "host:6379"; None is one of its own on this machine.
         dtype: of activations while calibrating; "auto" is the checkpoint's where the device is fast in it.
         tokenizer: replaces the model folder's own.
@@ -203,6 +208,7 @@ def quantize(
             offload=activations,
             found=found,
             spread=spread,
+            run=sharded(calib_shards, spread),
         )
         _refuse_empty(decided)
         if goal is not None:
@@ -232,7 +238,7 @@ def quantize(
         asked: dict[str, Any] | None = None
         allocation = None
         if goal is not None and data is not None:
-            before = identity(source, decided, data, compute, target, reuse)
+            before = identity(source, decided, data, compute, target, reuse, calib_shards)
             asked = {"bits": goal.bits, "size": goal.size, "of": digest(before)}
             unfinished = writer.unfinished or {}
             if unfinished.get("target") == asked:
@@ -246,7 +252,7 @@ def quantize(
                 decided = mixed
             walk.plan = decided
         seen = data if searching else None
-        if writer.begin({**identity(source, decided, data, compute, target, reuse), "target": asked}):
+        if writer.begin({**identity(source, decided, data, compute, target, reuse, calib_shards), "target": asked}):
             say(Phase(f"resuming: {len(writer.finished)} finished steps found in {out}"))
         if writer.complete:
             reports = tuple(LinearReport(**r) for done in writer.finished.values() for r in done.get("reports", ()))
@@ -265,7 +271,7 @@ def quantize(
         record = record_of(*about, itemsize=stored.itemsize, reused=found is not None, **done)
         files[RECORD] = record.to_json()
         files["README.md"] = model_card(*about, reused=found is not None, report=section(record))
-        used = {"samples": samples, "seq_len": seq_len}
+        used = {"samples": samples, "seq_len": seq_len, "calib_shards": calib_shards}
         files[RECIPE] = recipe_text(
             decided,
             model=model,

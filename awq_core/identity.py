@@ -22,6 +22,7 @@ def identity(
     dtype: torch.dtype,
     device: torch.device,
     reuse: str | os.PathLike[str] | None,
+    shards: int = 1,
 ) -> dict[str, Any]:
     """As the journal holds it: settings by name, so that a refusal can say which differ, and digests of the rest.
 
@@ -30,6 +31,7 @@ def identity(
         data: calibration tokens, where there are any.
         dtype, device: what blocks are worked in and on.
         reuse: folder of the earlier run whose scales are taken.
+        shards: in which sums over calibration tokens are made.
     """
     tokens = hashlib.sha256()
     for batch in data.batches if data else ():
@@ -43,6 +45,7 @@ def identity(
         "source": source,
         "reuse": "none" if reuse is None else fingerprint(reuse),
         "calibration": tokens.hexdigest() if data else "none",
+        "calib_shards": shards,
         "plan": digest(decided),
         "dtype": str(dtype),
         "device": device.type,

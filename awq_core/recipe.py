@@ -119,7 +119,7 @@ def recipe_text(
     Args:
         model: as the caller named it.
         calibration: as the caller named it; what was given in memory is a comment, as no file can name it.
-        calibrated: samples and seq_len as they were used; None where nothing was calibrated.
+        calibrated: samples, seq_len and calib_shards as they were used; None where nothing was calibrated.
         subsets: those of the corpus that were chosen.
         mixture: (subset, tokens) of what was used; a comment.
         device: its kind is written, not its number.

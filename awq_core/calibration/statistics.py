@@ -92,16 +92,31 @@ class Statistics:
         return own.towards_(self)
 
 
-class StatisticsAccumulator:
-    """Sums over batches; `finish` divides by the number of tokens, or by the sum of their weights."""
+@dataclass(slots=True)
+class Sums:
+    """What is summed over tokens. The sums over two parts of the tokens add up to those over both.
 
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        self.n = 0
-        self._weight = self._squares = 0.0  # Σ w and Σ w² over tokens, w = g²
-        self._weighted = False
-        self._gram = torch.zeros(in_features, in_features, device=device)
-        self._abs = torch.zeros(in_features, device=device)
-        self._sum = torch.zeros(in_features, device=device)
+    Attributes:
+        gram: Σ w x xᵀ, `[in, in]` fp32, of which the lower half counts.
+        absolute, total: Σ w |x| and Σ w x, `[in]` fp32.
+        n: tokens.
+        weight, squares: Σ w and Σ w² where tokens have weights, w = g².
+        weighted: whether they have.
+    """
+
+    gram: torch.Tensor
+    absolute: torch.Tensor
+    total: torch.Tensor
+    n: int = 0
+    weight: float = 0.0
+    squares: float = 0.0
+    weighted: bool = False
+
+    @classmethod
+    def zeros(cls, in_features: int, device: torch.device) -> Sums:
+        """Of no tokens."""
+        gram = torch.zeros(in_features, in_features, device=device)
+        return cls(gram, gram.new_zeros(in_features), gram.new_zeros(in_features))
 
     def add(self, x: torch.Tensor, mask: torch.Tensor | None = None, gate: torch.Tensor | None = None) -> None:
         """Add the rows of `x` (`[..., in]`).
@@ -116,7 +131,7 @@ class StatisticsAccumulator:
             gate = gate.detach().reshape(-1).float()
             keep = gate != 0 if keep is None else keep & (gate != 0)
             gate = gate[keep]
-            self._weighted = True
+            self.weighted = True
         if keep is not None:
             rows = rows[keep]
         if not rows.shape[0]:
@@ -126,27 +141,37 @@ class StatisticsAccumulator:
         columns = torch.empty(rows.shape[::-1], dtype=dtype, device=rows.device).copy_(rows.T)
         if gate is not None:
             columns *= gate
-        add_gram_(self._gram, columns)
+        add_gram_(self.gram, columns)
         if gate is None:
-            self._abs += torch.linalg.vector_norm(columns, 1, dim=1, dtype=torch.float32)
-            self._sum += columns.sum(1, dtype=torch.float32)
+            self.absolute += torch.linalg.vector_norm(columns, 1, dim=1, dtype=torch.float32)
+            self.total += columns.sum(1, dtype=torch.float32)
         else:
-            self._abs += columns.abs() @ gate.abs()
-            self._sum += columns @ gate
+            self.absolute += columns.abs() @ gate.abs()
+            self.total += columns @ gate
             weight = gate.double().square()
-            self._weight += float(weight.sum())
-            self._squares += float(weight.square().sum())
+            self.weight += float(weight.sum())
+            self.squares += float(weight.square().sum())
+
+    def merge_(self, other: Sums) -> None:
+        """Add the sums over other tokens."""
+        self.gram += other.gram
+        self.absolute += other.absolute
+        self.total += other.total
+        self.n += other.n
+        self.weight += other.weight
+        self.squares += other.squares
+        self.weighted |= other.weighted
 
     def finish(self, name: str) -> Statistics:
-        """The statistics; `name` is the layer, for messages.
+        """The statistics, which take the matrix over; `name` is the layer, for messages.
 
         Raises:
             NumericsError: NaN or inf among the activations.
         """
-        total = (self._weight or 1.0) if self._weighted else max(self.n, 1)
-        effective = self._weight**2 / (self._squares or 1.0) if self._weighted else None
-        mirror_(self._gram)
-        result = Statistics(self.n, self._gram.div_(total), self._abs / total, self._sum / total, effective)
+        count = (self.weight or 1.0) if self.weighted else max(self.n, 1)
+        effective = self.weight**2 / (self.squares or 1.0) if self.weighted else None
+        mirror_(self.gram)
+        result = Statistics(self.n, self.gram.div_(count), self.absolute / count, self.total / count, effective)
         if not torch.isfinite(result.gram).all():
             raise NumericsError(
                 f"the input of {name} holds NaN or inf during calibration",

@@ -15,126 +15,20 @@ memory: a model makes them once a batch, for all of its blocks.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from awq_core.calibration.offload import Offloaded, OffloadFile, load
+from awq_core.calibration.stack import Call, StackInputs, as_returned
 from awq_core.errors import PlanError
 
 HIDDEN = ("hidden_states", "hidden_state")  # what models call a block's input where they pass it by name
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 MEMBERS = 3  # of the longest tuple that a block is tried with: hidden states, attention, cache
-
-
-@dataclass(slots=True)
-class Call:
-    """Arguments of one block for one batch, without the hidden states; `keyword` is the name those are passed by, if
-    any. `apart` has the original model's version of mappings among them, in which blocks leave keys and values for
-    later ones."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    keyword: str
-    between: torch.Tensor | Offloaded | None = None
-    apart: dict[str, Any] = field(default_factory=dict)
-
-    def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """The block's output for `hidden` (`[batch, tokens, hidden]`)."""
-        out = self.returned(block, hidden)
-        return out[0] if isinstance(out, tuple) else out
-
-    def run_original(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """`run` for the original model's version of the samples."""
-        return replace(self, kwargs={**self.kwargs, **self.apart}).run(block, hidden)
-
-    def returned(self, block: nn.Module, hidden: torch.Tensor) -> Any:
-        """All that the block returns: its output, or a tuple with that first."""
-        if self.keyword:
-            return block(*self.args, **{self.keyword: hidden}, **self.kwargs)
-        return block(hidden, *self.args, **self.kwargs)
-
-
-@dataclass(slots=True)
-class StackInputs:
-    """What a stack of blocks is fed.
-
-    Attributes:
-        hidden: per batch, the input of the block that is worked next, or where it is kept.
-        calls: `[block][batch]`.
-        masks: per batch, True for tokens that are no padding, or None.
-        feeds: whether something reads what the last block gives, which is then kept in `hidden`, for `replay`.
-        members: of the tuple that the last block returned it in; 0 where it was no tuple.
-        original: per batch, the input that the original model gives the block that is worked next; empty unless `fork`
-            was called.
-    """
-
-    hidden: list[torch.Tensor | Offloaded] = field(default_factory=list)
-    calls: list[list[Call]] = field(default_factory=list)
-    masks: list[torch.Tensor | None] = field(default_factory=list)
-    feeds: bool = False
-    members: int = 0
-    original: list[torch.Tensor | Offloaded] = field(default_factory=list)
-
-    def fork(self) -> None:
-        """Keep two versions of the samples from here on: `advance` changes one, `advance_original` the other."""
-        self.original = [kept.file.keep(kept.load()) if isinstance(kept, Offloaded) else kept for kept in self.hidden]
-        copies: dict[int, Any] = {}  # one for all blocks that are given the same mapping
-        for call in (call for calls in self.calls for call in calls):
-            shared = {name: value for name, value in call.kwargs.items() if isinstance(value, MutableMapping)}
-            call.apart = {name: copies.setdefault(id(value), copy.copy(value)) for name, value in shared.items()}
-
-    def advance_original(self, index: int, block: nn.Module) -> None:
-        """Replace the original inputs of block `index` by those of the next; `advance` comes after it."""
-        with torch.no_grad():
-            for batch, call in enumerate(self.calls[index]):
-                self.keep_original(batch, index, call.run_original(block, load(self.original[batch])))
-
-    def keep_original(self, batch: int, index: int, out: torch.Tensor) -> None:
-        """Keep what the original block `index` gives for a batch; after the last block nothing reads it."""
-        if index + 1 < len(self.calls):
-            self._keep(self.original, batch, self.following(batch, index, out))
-
-    def advance(self, index: int, block: nn.Module) -> None:
-        """Replace the inputs of block `index` by those of the next block, of the last by its outputs if it `feeds`."""
-        last = index + 1 == len(self.calls)
-        calls, self.calls[index] = self.calls[index], []
-        if last and not self.feeds:
-            return
-        with torch.no_grad():
-            for batch, call in enumerate(calls):
-                out = call.returned(block, load(self.hidden[batch]))
-                self.members = members_of(out)
-                self._keep(self.hidden, batch, self.following(batch, index, out[0] if self.members else out))
-
-    def following(self, batch: int, index: int, out: torch.Tensor) -> torch.Tensor:
-        """The input of the block after `index`, which gave `out`."""
-        last = index + 1 == len(self.calls)
-        between = None if last else self.calls[index + 1][batch].between
-        return (out if between is None else out + load(between)).contiguous()
-
-    @staticmethod
-    def _keep(where: list[torch.Tensor | Offloaded], batch: int, hidden: torch.Tensor) -> None:
-        kept = where[batch]
-        if isinstance(kept, Offloaded):
-            kept.store(hidden)
-        else:
-            where[batch] = hidden
-
-
-def members_of(out: Any) -> int:
-    """How many members the tuple has that a block returned; 0 where it is no tuple."""
-    return len(out) if isinstance(out, tuple) else 0
-
-
-def as_returned(hidden: torch.Tensor, count: int) -> Any:
-    """Hidden states as a block returns them: alone, or first in a tuple of `count`, which some models unpack."""
-    return (hidden, *[None] * (count - 1)) if count else hidden
 
 
 class _StackDone(Exception):

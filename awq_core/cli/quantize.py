@@ -31,7 +31,7 @@ Examples:
   awq quantize MODEL --out DIR --calib pile.jsonl.zst --calib-subsets ArXiv,Github
   awq quantize MODEL --out DIR --group-size 32 --component vision=keep
   awq quantize MODEL --out DIR --target-bits 4.6
-  awq quantize MODEL --out DIR --engine ray --address auto
+  awq quantize MODEL --out DIR --engine ray --address auto --calib-shards 8
   awq quantize --recipe recipe.yaml --out DIR
   awq quantize MODEL --out DIR --infer
   awq quantize MODEL --out DIR --group-size 64 --reuse EARLIER
@@ -69,6 +69,13 @@ With --json, stdout has one JSON object a line: phases, blocks, then the result.
 @click.option(
     "--engine", default="local", metavar="NAME", help="local, or ray: the searches are tasks on a Ray cluster."
 )
+@click.option(
+    "--calib-shards",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=1,
+    help="Work the calibration samples in N parts, which --engine ray and several devices share out.",
+)
 @click.option("--address", metavar="ADDRESS", help="Of --engine ray: auto, host:port.  [default: one on this machine]")
 @click.option("--dtype", default="auto", help="Of activations while calibrating: float32, bfloat16.")
 @click.option("--seed", type=int, default=0, help="Draws the calibration samples.")
@@ -102,6 +109,7 @@ def quantize(
     infer: bool,
     device: str,
     engine: str,
+    calib_shards: int,
     address: str | None,
     dtype: str,
     seed: int,
@@ -149,6 +157,7 @@ def quantize(
             plugin=plugin,
             device=device,
             engine=engine,
+            calib_shards=calib_shards,
             address=address,
             dtype=dtype,
             trust_remote_code=trust_remote_code,

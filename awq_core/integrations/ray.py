@@ -110,13 +110,13 @@ def _spread(ray: Any, device: torch.device) -> Spread:
             if id(tensor) not in stored:
                 stored[id(tensor)] = tensor, ray.put(_bytes(tensor))
             stored.move_to_end(id(tensor))
-            while len(stored) > 4 * (at_once + 1):
-                stored.popitem(last=False)
             return stored[id(tensor)][1]
 
         def submit(item: T) -> Callable[[], R]:
             value, tensors = _apart(item)
             result = task.remote(ours, threads, device.type, function, value, *map(store, tensors))
+            while len(stored) > max(4 * (at_once + 1), len(tensors)):
+                stored.popitem(last=False)
             return lambda: moved(_together(*_result(ray, result)), device)
 
         return in_order(submit, items, ahead=2 * at_once)

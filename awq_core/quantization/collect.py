@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from awq_core.calibration.offload import load
-from awq_core.calibration.statistics import Statistics, StatisticsAccumulator
-from awq_core.calibration.trace import StackInputs
+from awq_core.calibration.stack import Batch, Keep, Runner, StackInputs, at_once, nowhere
+from awq_core.calibration.statistics import Statistics, Sums
 from awq_core.devices import release_freed_memory
 from awq_core.passes import Pass, Site, passes
 from awq_core.plan_types import BlockPlan
@@ -31,32 +31,41 @@ class _Enough(Exception):
     """Nothing after this is observed in this pass."""
 
 
+# Of the sites of a pass, by the module that is observed: over all tokens, and over an expert's own.
+Observed = tuple[dict[str, Sums], dict[str, Sums]]
+
+
 def collect(
-    block: nn.Module, plan: BlockPlan, inputs: StackInputs, index: int, device: torch.device
+    block: nn.Module, plan: BlockPlan, inputs: StackInputs, index: int, run: Runner = at_once
 ) -> Iterator[dict[str, Statistics]]:
     """Statistics by linear (path relative to the block), pass by pass, each linear once.
 
     Members of a scale group share one object; experts that do share its tensors, and have their `own` beside them. The
     block must compute what it computed at the first pass until the last is done.
 
+    Args:
+        run: makes the forward passes; the sums of its parts are added up in their order.
+
     Raises:
         NumericsError: NaN or inf among the activations, naming the linear.
     """
     waiting: dict[str, Statistics] = {}
     for one in passes(plan):
-        _mix(waiting, one, *_observe(block, plan, one, inputs, index, device))
+        everything, routed = _added_up(run(observe, block, inputs.batches(index), nowhere, one))
+        own = one.routed if routed else ()
+        _mix(waiting, one, _finished(plan, one.sites, everything), _finished(plan, own, routed))
         yield {name: waiting.pop(name) for name in one.complete}
         release_freed_memory()
 
 
-def _observe(
-    block: nn.Module, plan: BlockPlan, one: Pass, inputs: StackInputs, index: int, device: torch.device
-) -> tuple[dict[str, Statistics], dict[str, Statistics]]:
-    """Statistics over all tokens and those over an expert's own, both by linear."""
+@torch.no_grad()
+def observe(block: nn.Module, batches: Iterable[Batch], keep: Keep, one: Pass, /) -> Observed:
+    """The sums of a pass over some batches; a `Function` of `calibration.stack`."""
+    device = next(block.parameters()).device
     mixture: Any = block.get_submodule(one.mixture) if one.mixture is not None else None
     gated = hasattr(mixture, "gate_weights")
-    everything = {site.module: StatisticsAccumulator(site.width, device) for site in one.sites}
-    routed = {site.module: StatisticsAccumulator(site.width, device) for site in one.routed if gated}
+    everything = {site.module: Sums.zeros(site.width, device) for site in one.sites}
+    routed = {site.module: Sums.zeros(site.width, device) for site in one.routed if gated}
     modules = list(dict.fromkeys((*everything, *routed)))
     gates: dict[str, torch.Tensor] = {}
     mask: list[torch.Tensor | None] = [None]
@@ -84,27 +93,38 @@ def _observe(
     if gated:
         handles.append(mixture.register_forward_pre_hook(route, with_kwargs=True))
     try:
-        with torch.no_grad(), _calibrating(block, one):
-            for batch, call in enumerate(inputs.calls[index]):
-                mask[0] = inputs.masks[batch]
+        with _calibrating(block, one):
+            for number, batch in enumerate(batches):
+                mask[0] = batch.mask
                 with suppress(_Enough):
-                    call.run(block, load(inputs.hidden[batch]))
-                if batch == 0 and len(calls) == len(modules):
+                    batch.call.run(block, load(batch.hidden))
+                if number == 0 and len(calls) == len(modules):
                     # Later batches end with the last input that the first one showed, before the last linear runs.
                     usual.update(calls)
                 calls.clear()
     finally:
         for handle in handles:
             handle.remove()
+    return everything, routed
 
-    def finish(accumulators: dict[str, StatisticsAccumulator], sites: Iterable[Site]) -> dict[str, Statistics]:
-        result: dict[str, Statistics] = {}
-        for site in sites:
-            statistics = accumulators.pop(site.module).finish(f"{plan.path}.{site.module}".removesuffix("."))
-            result.update(dict.fromkeys(site.readers, statistics))
-        return result
 
-    return finish(everything, one.sites), finish(routed, one.routed if gated else ())
+def _added_up(parts: Iterator[Observed]) -> Observed:
+    """The sums over the tokens of all parts, in the memory of the first."""
+    whole = next(parts)
+    for part in parts:
+        for mine, theirs in zip(whole, part, strict=True):
+            for path, sums in theirs.items():
+                mine[path].merge_(sums)
+    return whole
+
+
+def _finished(plan: BlockPlan, sites: Iterable[Site], sums: dict[str, Sums]) -> dict[str, Statistics]:
+    """Statistics by linear; takes the sums out, or their matrices would exist twice."""
+    found: dict[str, Statistics] = {}
+    for site in sites:
+        statistics = sums.pop(site.module).finish(f"{plan.path}.{site.module}".removesuffix("."))
+        found.update(dict.fromkeys(site.readers, statistics))
+    return found
 
 
 def _mix(

@@ -19,14 +19,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from awq_core.calibration.offload import load
+from awq_core.calibration.stack import Batch, Keep, Runner, StackInputs, at_once
 from awq_core.calibration.statistics import Statistics
-from awq_core.calibration.trace import StackInputs
 from awq_core.gemm import times_transposed
 from awq_core.passes import Site, passes
 from awq_core.plan_types import BlockPlan
@@ -36,7 +37,7 @@ DAMPENING = 1e-2
 
 
 def drift(
-    block: nn.Module, plan: BlockPlan, inputs: StackInputs, index: int, device: torch.device
+    block: nn.Module, plan: BlockPlan, inputs: StackInputs, index: int, run: Runner = at_once
 ) -> dict[str, torch.Tensor]:
     """D of each distinct input outside the mixtures, `[in, in]` fp32, by linear; the readers of one input share it.
 
@@ -45,11 +46,31 @@ def drift(
     Args:
         block: filled, with its original weights.
         inputs: with `original` set; `hidden` is not changed.
+        run: makes the forward passes; the sums of its parts are added up in their order.
     """
-    sites = [site for one in passes(plan) if one.mixture is None for site in one.sites]
+    sites = tuple(site for one in passes(plan) if one.mixture is None for site in one.sites)
+    parts = run(apart, block, inputs.batches(index), partial(inputs.keep_original, index), sites)
+    total, tokens = next(parts)
+    for matrices, counts in parts:
+        for path, matrix in matrices.items():
+            total[path] += matrix
+            tokens[path] += counts[path]
+    for path, matrix in total.items():
+        matrix.div_(max(tokens[path], 1))
+    return {name: total[site.module] for site in sites for name in site.readers}
+
+
+@torch.no_grad()
+def apart(
+    block: nn.Module, batches: Iterable[Batch], keep: Keep, sites: tuple[Site, ...], /
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Σ (x − x̂) x̂ᵀ and the number of tokens, both by site, over some batches, and the original model's outputs; a
+    `Function` of `calibration.stack`."""
+    device = next(block.parameters()).device
     total = {site.module: torch.zeros(site.width, site.width, device=device) for site in sites}
     tokens = dict.fromkeys(total, 0)
     seen: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
+    mask: torch.Tensor | None = None
 
     def note(path: str, x: torch.Tensor) -> None:
         seen[path].append(x)
@@ -61,17 +82,15 @@ def drift(
         total[path] += times_transposed((original - rows).T.contiguous(), rows.T.contiguous())
         tokens[path] += len(rows)
 
-    with torch.no_grad():
-        for batch, call in enumerate(inputs.calls[index]):
-            mask = inputs.masks[batch]
-            with _watched(block, sites, note):
-                original = call.run_original(block, load(inputs.original[batch]))
-            with _watched(block, sites, add):
-                call.run(block, load(inputs.hidden[batch]))
-            inputs.keep_original(batch, index, original)
-    for path, matrix in total.items():
-        matrix.div_(max(tokens[path], 1))
-    return {name: total[site.module] for site in sites for name in site.readers}
+    for number, batch in enumerate(batches):
+        mask = batch.mask
+        assert batch.original is not None
+        with _watched(block, sites, note):
+            original = batch.call.run_original(block, load(batch.original))
+        with _watched(block, sites, add):
+            batch.call.run(block, load(batch.hidden))
+        keep(number, original)
+    return total, tokens
 
 
 @contextmanager

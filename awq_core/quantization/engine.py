@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from awq_core.calibration.batches import CalibrationData
 from awq_core.calibration.offload import OffloadFile
-from awq_core.calibration.trace import StackInputs, record
+from awq_core.calibration.stack import Runner, StackInputs, at_once
+from awq_core.calibration.trace import record
 from awq_core.checkpoint.pack import PackedLinear, dequantize
 from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.checkpoint.writer import CheckpointWriter
@@ -69,6 +70,7 @@ class Engine:
         offload: where activations are kept between blocks, instead of in memory.
         found: an earlier run, whose scales and ranges are taken instead of searching.
         spread: does the independent work of a block.
+        run: makes the forward passes of blocks.
 
     Raises:
         CheckpointError: the checkpoint lacks a tensor of a block, or holds one in another shape or kind.
@@ -86,8 +88,9 @@ class Engine:
         offload: OffloadFile | None = None,
         found: Found | None = None,
         spread: Spread = here,
+        run: Runner = at_once,
     ) -> None:
-        self.offload, self.found, self.spread = offload, found, spread
+        self.offload, self.found, self.spread, self.forward = offload, found, spread, run
         self.reader, self.model, self.names, self.plan = reader, model, names, plan
         self.device, self.step_dtype = device, step_dtype
         self.source = Materialiser(reader, model, names, device=device, dtype=next(model.parameters()).dtype)
@@ -134,8 +137,8 @@ class Engine:
                     if inputs:
                         with self.source.filled(block, plan.path):
                             if inputs.original:
-                                inputs.advance_original(index, block)
-                            inputs.advance(index, block)
+                                inputs.advance_original(index, block, self.forward)
+                            inputs.advance(index, block, self.forward)
                     continue
                 if plan.path not in writer.finished:
                     self._quantize(block, plan, inputs, index, writer)
@@ -176,8 +179,8 @@ class Engine:
 
     def search(self, block: nn.Module, plan: BlockPlan, inputs: StackInputs | None, index: int) -> QuantizedBlock:
         """Decide on scales, ranges and codes of a filled block, and quantize it in place."""
-        drifted = drift(block, plan, inputs, index, self.device) if inputs and inputs.original else {}
-        statistics = collect(block, plan, inputs, index, self.device) if inputs else ()
+        drifted = drift(block, plan, inputs, index, self.forward) if inputs and inputs.original else {}
+        statistics = collect(block, plan, inputs, index, self.forward) if inputs else ()
         stored = {
             name: self.reader.dtype(self.names[name])
             for name in (f"{plan.path}.{local}" for local, _ in block.named_parameters())
@@ -228,7 +231,7 @@ class Engine:
         stored = writer.stored(plan.path)
         with self.source.filled(block, plan.path):
             if inputs and inputs.original:
-                inputs.advance_original(index, block)
+                inputs.advance_original(index, block, self.forward)
             for name, parameter in block.named_parameters():
                 on_disk = self.names[f"{plan.path}.{name}"]
                 base = on_disk.removesuffix("weight")
@@ -245,7 +248,7 @@ class Engine:
             # The language blocks are traced through the finished components.
             self.source.overrides.update({f"{plan.path}.{n}": p.data for n, p in block.named_parameters()})
         if inputs:
-            inputs.advance(index, block)
+            inputs.advance(index, block, self.forward)
 
     def _trace(self, stack: list[BlockPlan], data: CalibrationData | None) -> StackInputs | None:
         """The inputs of the stack's blocks, or None when the configuration needs no calibration."""

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from awq_core.calibration.statistics import Statistics, StatisticsAccumulator
-from awq_core.calibration.trace import StackInputs, replay
+from awq_core.calibration.stack import StackInputs
+from awq_core.calibration.statistics import Statistics, Sums
+from awq_core.calibration.trace import replay
 from awq_core.checkpoint.pack import PER_WORD, PackedLinear, pack_linear
 from awq_core.config import QuantConfig
 from awq_core.plan_types import HeadPlan
@@ -47,11 +48,11 @@ def observe(
         PlanError: the model does not call its head.
         NumericsError: NaN or inf among the activations.
     """
-    accumulator = StatisticsAccumulator(head.linear.in_features, device)
+    sums = Sums.zeros(head.linear.in_features, device)
     reader = model.get_submodule(head.linear.name)
     for hidden, mask in replay(model, blocks, inputs, batches, reader, device=device):
-        accumulator.add(hidden, mask)
-    return accumulator.finish(head.linear.name)
+        sums.add(hidden, mask)
+    return sums.finish(head.linear.name)
 
 
 def quantize_head(

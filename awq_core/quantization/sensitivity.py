@@ -35,7 +35,8 @@ from torch.nn.functional import cross_entropy, linear
 
 from awq_core.calibration.batches import CalibrationData
 from awq_core.calibration.offload import Offloaded, load
-from awq_core.calibration.trace import StackInputs, finish, members_of
+from awq_core.calibration.stack import Kept, StackInputs, members_of
+from awq_core.calibration.trace import finish
 from awq_core.devices import release_freed_memory
 from awq_core.errors import NumericsError, PlanError
 from awq_core.mixed import Allocation, Target, choose, language_blocks
@@ -51,7 +52,6 @@ _SEARCH = 10
 _HEAD = 6
 
 Batch = dict[str, torch.Tensor]
-Kept = torch.Tensor | Offloaded
 
 
 @dataclass(frozen=True, slots=True)

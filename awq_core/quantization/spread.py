@@ -108,7 +108,7 @@ def moved(value: T, device: torch.device) -> T:
 
 
 def with_tensors(value: T, change: Callable[[Any], Any], kind: type = torch.Tensor) -> T:
-    """The value, with what `change` makes of each tensor in it, however deep in dataclasses, tuples, lists.
+    """The value, with what `change` makes of each tensor in it, however deep in dataclasses, tuples, lists, dicts.
 
     Args:
         kind: what to change instead of tensors.
@@ -123,4 +123,6 @@ def with_tensors(value: T, change: Callable[[Any], Any], kind: type = torch.Tens
         found = replace(found, **changes) if changes else found
     elif isinstance(found, tuple | list):
         found = type(found)(with_tensors(part, change, kind) for part in found)
+    elif isinstance(found, dict):
+        found = {key: with_tensors(part, change, kind) for key, part in found.items()}
     return found

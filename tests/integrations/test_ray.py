@@ -67,6 +67,37 @@ def test_the_bytes_are_those_of_the_local_engine(wholes, tmp_path, corpus, kind)
     assert sum(hasattr(event, "memory_bytes") for event in told) == 2  # progress, block by block
 
 
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
+def test_shards_are_worked_in_workers_and_the_bytes_are_those_of_the_local_engine(
+    wholes, tmp_path, corpus, kind, monkeypatch
+):
+    """A worker is killed in the middle of a shard, too."""
+    source, _ = wholes[kind]
+    tickets, original = tmp_path / "tickets", integration._work
+    tickets.mkdir()
+    folder, killed = str(tickets), str(tmp_path / "killed")
+
+    def work(driver, threads, device, function, value, *arrays):
+        if function.__name__ == "work":
+            number = len(os.listdir(folder))
+            open(os.path.join(folder, f"{number}-{value.function.__name__}-{os.getpid()}"), "x").close()
+            if number >= 4 and not os.path.exists(killed):
+                os.mkdir(killed)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return original(driver, threads, device, function, value, *arrays)
+
+    monkeypatch.setattr(integration, "_work", work)
+    settings = {**SETTINGS, "samples": 24, "seq_len": 16, "calibration": list(corpus), "calib_shards": 3}
+    awq_core.quantize(source, tmp_path / "local", **settings)
+    assert not list(tickets.iterdir())
+    awq_core.quantize(source, tmp_path / "ray", engine="ray", **settings)
+    assert os.path.exists(killed)
+    done = [name.name.split("-") for name in tickets.iterdir()]
+    assert {inner for _, inner, _ in done} == {"apart", "observe", "_forward"}
+    assert all(int(process) != os.getpid() for *_, process in done)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
+
+
 def test_workers_killed_while_they_work_change_nothing(wholes, tmp_path, corpus, monkeypatch):
     source, whole = wholes["mixture"]
     tickets, original = tmp_path / "tickets", integration._work

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from awq_core.calibration.statistics import StatisticsAccumulator
+from awq_core.calibration.statistics import Sums
 
 
 @pytest.fixture
@@ -12,10 +12,10 @@ def generator():
 
 
 def statistics_of(x, name="x"):
-    accumulator = StatisticsAccumulator(x.shape[-1], x.device)
+    sums = Sums.zeros(x.shape[-1], x.device)
     for batch in x.split(50):
-        accumulator.add(batch)
-    return accumulator.finish(name)
+        sums.add(batch)
+    return sums.finish(name)
 
 
 def outlier_layer(generator, tokens=300, in_features=128, out_features=48, outliers=4, size=30.0):

@@ -46,7 +46,7 @@ def statistics(batches, names=("up", "down")):
     linears = tuple(LinearPlan(f"block.{name}", WIDTH, WIDTH, False, True, WIDTH) for name in names)
     group = GroupPlan(prev="norm", layers=("up",), compensate=(), observe="up", norm_offset=0.0, prev_rows="all")
     plan = BlockPlan("language", "block", linears, (group,))
-    (found,) = collect(model.block, plan, inputs, 0, torch.device("cpu"))
+    (found,) = collect(model.block, plan, inputs, 0)
     return found, model
 
 

@@ -105,7 +105,7 @@ class Setting:
 
     def observed(self):
         found = {}
-        for part in collect(self.block, self.plan, self.inputs, 0, torch.device("cpu")):
+        for part in collect(self.block, self.plan, self.inputs, 0):
             assert not found.keys() & part.keys()
             found.update(part)
         return found
@@ -168,7 +168,7 @@ def test_reported_losses_are_those_over_the_experts_weighted_tokens(tmp_path, ge
     """In the units of the original output, before and after, though the input was scaled in between."""
     setting = Setting(tmp_path, mixtral(2), padded_batches(generator))
     original = {name: value.clone() for name, value in setting.block.named_parameters()}
-    parts = collect(setting.block, setting.plan, setting.inputs, 0, torch.device("cpu"))
+    parts = collect(setting.block, setting.plan, setting.inputs, 0)
     config = QuantConfig(group_size=32, scale=scale)
     result = quantize_block(setting.block, setting.plan, parts, config, torch.float16)
     reports = {report.name.removeprefix(setting.plan.path + "."): report for report in result.reports}

@@ -197,11 +197,11 @@ def test_the_number_of_chunks_changes_no_code(monkeypatch, generator, statistics
 
 @pytest.fixture
 def statistics(generator):
-    from awq_core.calibration.statistics import StatisticsAccumulator
+    from awq_core.calibration.statistics import Sums
 
-    accumulator = StatisticsAccumulator(64, torch.device("cpu"))
-    accumulator.add(torch.randn(400, 64, generator=generator) @ torch.randn(64, 64, generator=generator) + 0.2)
-    return accumulator.finish("x")
+    sums = Sums.zeros(64, torch.device("cpu"))
+    sums.add(torch.randn(400, 64, generator=generator) @ torch.randn(64, 64, generator=generator) + 0.2)
+    return sums.finish("x")
 
 
 def test_a_known_grid_is_taken_chunk_by_chunk(monkeypatch, generator):

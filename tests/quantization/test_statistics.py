@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from awq_core.calibration.statistics import StatisticsAccumulator, output_loss
+from awq_core.calibration.statistics import Sums, output_loss
 from awq_core.errors import NumericsError
 
 from .conftest import statistics_of
@@ -30,10 +30,10 @@ def test_means(generator):
 def test_padding_tokens_do_not_count(generator):
     x = torch.randn(2, 6, 4, generator=generator)
     mask = torch.tensor([[False, False, True, True, True, True], [True] * 6])
-    accumulator = StatisticsAccumulator(4, x.device)
-    accumulator.add(x, mask)
+    sums = Sums.zeros(4, x.device)
+    sums.add(x, mask)
     kept = statistics_of(torch.cat([x[0, 2:], x[1]]))
-    statistics = accumulator.finish("x")
+    statistics = sums.finish("x")
     assert statistics.n == 10
     torch.testing.assert_close(statistics.gram, kept.gram)
 
@@ -44,10 +44,10 @@ def test_gated_tokens_count_by_the_square_of_the_gate(generator):
     gate[0, 3:5], gate[0, 6] = 0, -0.5
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[0, :2], mask[1] = False, False
-    accumulator = StatisticsAccumulator(5, x.device)
+    sums = Sums.zeros(5, x.device)
     for batch in range(2):
-        accumulator.add(x[batch], mask[batch], gate[batch])
-    found = accumulator.finish("x")
+        sums.add(x[batch], mask[batch], gate[batch])
+    found = sums.finish("x")
     tokens = [(x[0, t].double(), float(gate[0, t]) ** 2) for t in (2, 5, 6, 7, 8)]
     total = sum(w for _, w in tokens)
     assert found.n == 5
@@ -61,9 +61,9 @@ def test_gated_tokens_count_by_the_square_of_the_gate(generator):
 def test_equal_gates_over_every_token_change_nothing(generator):
     x = torch.randn(60, 6, generator=generator)
     everything = statistics_of(x)
-    accumulator = StatisticsAccumulator(6, x.device)
-    accumulator.add(x, gate=torch.full((60,), 0.3))
-    mixed = accumulator.finish("x").towards_(everything)
+    sums = Sums.zeros(6, x.device)
+    sums.add(x, gate=torch.full((60,), 0.3))
+    mixed = sums.finish("x").towards_(everything)
     torch.testing.assert_close(mixed.gram, everything.gram)
     torch.testing.assert_close(mixed.mean, everything.mean)
     assert mixed.n_effective == pytest.approx(60) and (mixed.n, mixed.routed) == (60, 60)
@@ -74,9 +74,9 @@ def test_own_statistics_are_mixed_in_the_units_the_shared_ones_were_rescaled_to(
     gate = (torch.rand(40, generator=generator) - 0.6).clamp(min=0)
 
     def shared_and_own(rows):
-        accumulator = StatisticsAccumulator(6, x.device)
-        accumulator.add(rows, gate=gate)
-        return replace(statistics_of(rows), own=accumulator.finish("x"))
+        sums = Sums.zeros(6, x.device)
+        sums.add(rows, gate=gate)
+        return replace(statistics_of(rows), own=sums.finish("x"))
 
     expected = shared_and_own(x / s).with_own()
     shared = shared_and_own(x)
