@@ -17,8 +17,8 @@ import torch
 
 from awq_core.calibration.batches import CalibrationData
 from awq_core.calibration.offload import offloading
-from awq_core.calibration.prepare import Preprocessors, prepare
-from awq_core.calibration.subsets import Subsets, shares
+from awq_core.calibration.prepare import Preprocessors, prepare_for
+from awq_core.calibration.subsets import Subsets
 from awq_core.checkpoint.config_json import config_json
 from awq_core.checkpoint.files import side_files
 from awq_core.checkpoint.format import already_quantized
@@ -36,11 +36,11 @@ from awq_core.plan_types import Plan
 from awq_core.planning import make_plan
 from awq_core.quantization.block import LinearReport
 from awq_core.quantization.engine import BlockDone, Engine
+from awq_core.quantization.engines import spreading
 from awq_core.quantization.proof import Proof, require_proof
 from awq_core.quantization.reuse import SCALES, Found, scales_file
 from awq_core.quantization.sensitivity import Sensing, allocation_for
 from awq_core.quantization.shards import sharded
-from awq_core.quantization.spread import spreading
 from awq_core.recipe import RECIPE, recipe_text
 from awq_core.report.card import section
 from awq_core.report.collect import record_of
@@ -222,19 +222,18 @@ def quantize(
         data = None
         searching = config.needs_calibration and (found is None or not found.suffices(config, head))
         if searching or goal is not None:
-            preprocessors = Preprocessors(folder, tokenizer, trust_remote_code)
-            make_batch = partial(manager.calibration_batch, owner)
-            data, seq_len = _calibration(
-                calibration,
+            data, seq_len, told = prepare_for(
                 typed,
-                preprocessors,
-                make_batch,
+                calibration,
+                Preprocessors(folder, tokenizer, trust_remote_code),
+                partial(manager.calibration_batch, owner),
                 samples=samples,
                 seq_len=seq_len,
                 subsets=subsets,
                 seed=config.seed,
-                say=say,
             )
+            for text in told:
+                say(Phase(text))
         asked: dict[str, Any] | None = None
         allocation = None
         if goal is not None and data is not None:
@@ -289,43 +288,6 @@ def quantize(
         writer.finish(files)
         cost = Cost.of(writer.finished, earlier, time.perf_counter() - started)
     return QuantizeResult(Path(out), decided, proof, reports, data, seconds, allocation, cost)
-
-
-def _calibration(
-    source: Any,
-    typed: Any,
-    preprocessors: Preprocessors,
-    make_batch: Callable[..., Any],
-    *,
-    samples: int,
-    seq_len: int,
-    subsets: Subsets | None,
-    seed: int,
-    say: Callable[[Phase], None],
-) -> tuple[CalibrationData, int]:
-    """Calibration tokens, and the length of a window: `seq_len`, or the model's context where that is shorter."""
-    text = typed.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < seq_len:
-        say(Phase(f"calibration windows of {limit} tokens, the model's context, not {seq_len}"))
-        seq_len = limit
-    vocabulary = getattr(text, "vocab_size", None)
-    data = prepare(
-        source,
-        preprocessors,
-        make_batch,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        vocab_size=vocabulary,
-        subsets=subsets,
-    )
-    say(Phase(f"calibration: {data.samples} samples, {data.tokens} tokens from {data.source}"))
-    if data.mixture:
-        say(Phase(f"calibration mixture: {shares(data.mixture)} of the tokens"))
-    for note in data.notes:
-        say(Phase(f"calibration: {note}"))
-    return data, seq_len
 
 
 def _refuse_quantized(folder: Path, raw: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from awq_core.calibration.batches import CalibrationData, multimodal_batches, text_batches
 from awq_core.calibration.sources import describe_source, read_samples
-from awq_core.calibration.subsets import Subsets
+from awq_core.calibration.subsets import Subsets, shares
 from awq_core.errors import CalibrationError
 
 MakeBatch = Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]
@@ -51,6 +51,48 @@ class Preprocessors:
                 f"{self.folder}: no {what} could be opened: {reason}",
                 hint=f"copy the {what} files there, install what it names, or pass tokenizer=",
             ) from error
+
+
+def prepare_for(
+    config: Any,
+    source: Any,
+    preprocessors: Preprocessors,
+    make_batch: MakeBatch,
+    *,
+    samples: int,
+    seq_len: int,
+    subsets: Subsets | None,
+    seed: int,
+) -> tuple[CalibrationData, int, list[str]]:
+    """`prepare` for a model: (batches, tokens in a window, what to tell the user). A window is no longer than the
+    model's context.
+
+    Args:
+        config: transformers' configuration of the model.
+
+    Raises:
+        CalibrationError: see `prepare`.
+    """
+    told = []
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < seq_len:
+        told.append(f"calibration windows of {limit} tokens, the model's context, not {seq_len}")
+        seq_len = limit
+    data = prepare(
+        source,
+        preprocessors,
+        make_batch,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        vocab_size=getattr(text, "vocab_size", None),
+        subsets=subsets,
+    )
+    told.append(f"calibration: {data.samples} samples, {data.tokens} tokens from {data.source}")
+    if data.mixture:
+        told.append(f"calibration mixture: {shares(data.mixture)} of the tokens")
+    return data, seq_len, told + [f"calibration: {note}" for note in data.notes]
 
 
 def prepare(

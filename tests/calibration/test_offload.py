@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import awq_core
 from awq_core import QuantConfig
-from awq_core.calibration import offload, trace
+from awq_core.calibration import offload, stack, trace
 from awq_core.calibration.batches import CalibrationData
 from awq_core.calibration.offload import ALIGNMENT, OffloadFile, offloading
 from awq_core.cli.app import cli
@@ -133,7 +133,7 @@ def test_one_batch_at_a_time_is_in_memory(llama_source, tmp_path, disk, generato
         recorded.append(trace.record(*args, **options))
         return recorded[-1]
 
-    monkeypatch.setattr(trace, "load", spy)
+    monkeypatch.setattr(stack, "load", spy)
     monkeypatch.setattr(engine, "record", record)
     awq_core.quantize(llama_source, tmp_path / "out", config=PLAIN, calibration=calibration(generator), offload=disk)
     assert most and max(most) <= 2  # the one before dies when the next takes its name

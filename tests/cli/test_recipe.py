@@ -278,6 +278,7 @@ def test_a_recipe_is_a_whole_run_and_the_saved_one_repeats_it(awq, desk, recipe)
         "calib": "./data/corpus.txt",
         "samples": 2,
         "seq_len": 64,
+        "calib_shards": 1,
         "seed": 7,
         "bits": 4,
         "group_size": 32,

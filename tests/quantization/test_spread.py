@@ -12,8 +12,9 @@ from awq_core.calibration.statistics import Statistics
 from awq_core.devices import pick_devices
 from awq_core.errors import ConfigError, NumericsError
 from awq_core.quantization import scales
+from awq_core.quantization.engines import spreading
 from awq_core.quantization.linear import Pending, rtn_loss
-from awq_core.quantization.spread import here, in_order, moved, spreading, threads, with_tensors
+from awq_core.quantization.spread import here, in_order, moved, threads, with_tensors
 from awq_core.testing.tiny import save_tiny
 
 CPU = torch.device("cpu")
