@@ -257,7 +257,7 @@ def test_settings_that_cannot_be_are_refused_before_anything(changes, one_line):
         (b" \n\t\n", "holds no text"),
         (b"too short", "one sample needs 32"),
         (b"good text\n" * 40 + b"\xe9t\xe9\n", "is not UTF-8: byte 400"),
-        (None, "no such calibration file"),
+        (None, "no such file or folder of text"),
     ],
 )
 def test_a_calibration_file_that_is_no_use(model_folder, tmp_path, fails, content, words):

@@ -136,7 +136,7 @@ def local_path(source: str | os.PathLike[str]) -> Path | None:
     looks_local = isinstance(source, os.PathLike) or name.startswith(".") or name.lower().endswith(DATA_SUFFIXES)
     if looks_local or not DATASET_NAME.fullmatch(name):
         raise CalibrationError(
-            f"no such calibration file or folder: {name[:200]!r}", hint="give a path, or a dataset as org/name"
+            f"no such file or folder of text: {name[:200]!r}", hint="give a path, or a dataset as org/name"
         )
     return None
 

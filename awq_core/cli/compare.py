@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from awq_core.cli.eval import DIVERGENCE_WINDOW, eval_text
+from awq_core.cli.eval_text import DIVERGENCE_WINDOW, eval_text
 from awq_core.cli.options import (
     device_option,
     json_option,

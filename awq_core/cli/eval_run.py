@@ -10,8 +10,8 @@ from typing import Any
 
 from awq_core.calibration import Subsets, read_samples
 from awq_core.cli import models
-from awq_core.cli.eval import DIVERGENCE_WINDOW, EvalText
 from awq_core.cli.eval_options import BYTE_AGAINST, MEASURED_SAMPLES, TEXT_AGAINST, Request
+from awq_core.cli.eval_text import DIVERGENCE_WINDOW, EvalText
 from awq_core.cli.output import note
 from awq_core.cli.progress import measuring
 from awq_core.errors import ConfigError

@@ -106,9 +106,9 @@ def measured(
 ) -> dict[str, Any]:
     """Perplexity of both models and their divergence, as a document in the form of `awq eval --json`."""
     from awq_core.cli import models
-    from awq_core.cli.eval import eval_text
     from awq_core.cli.eval_options import Request
     from awq_core.cli.eval_run import Session, measure_text
+    from awq_core.cli.eval_text import eval_text
 
     models.check_folders(folder, against)
     given = eval_text(source, split, None, max_windows)

@@ -285,7 +285,7 @@ def test_local_sources_never_ask_the_hub(hub, tmp_path, monkeypatch):
 )
 def test_not_found_at_once(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CalibrationError, match="no such calibration file or folder"):
+    with pytest.raises(CalibrationError, match="no such file or folder of text"):
         read_samples(name)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 import awq_core
 from awq_core.calibration import standard_library
-from awq_core.cli.eval import eval_text
+from awq_core.cli.eval_text import eval_text
 from awq_core.evaluation import bits_per_byte, c4_perplexity, divergence, perplexity, sliding_perplexity
 
 
