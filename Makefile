@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PLUGINS := $(sort $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml)))
 STAMP := .venv/.installed
+EXTRAS := .venv/.extras
 PLUGGY_OLD := .cache/pluggy-1.6
 P ?= llama
 export TOKENIZERS_PARALLELISM := false
@@ -10,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format test-plugin test-isolated test-scaffold gpu-test bench clean
+.PHONY: help install extras demo test lint format test-plugin test-isolated test-scaffold gpu-test bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -21,6 +22,12 @@ $(STAMP): pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(PLUGINS))
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]" $(addprefix -e ./,$(PLUGINS))
+	touch $@
+
+extras: $(EXTRAS)  ## also what else reads or runs our results, else its tests are skipped: Ray, lm-eval, llama.cpp (compiled)
+
+$(EXTRAS): $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[eval,ray]" llama-cpp-python
 	touch $@
 
 $(PLUGGY_OLD): $(STAMP)
