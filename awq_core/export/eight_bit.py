@@ -12,7 +12,7 @@ layer) share one precision: one of them takes the others along (`units`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,26 +42,47 @@ class EightBit:
     scales: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Kept linears that share one precision.
+
+    Attributes:
+        linears: name in the model -> name on disk.
+        starred: whether "*" means them.
+        whole: whether only a full name does.
+    """
+
+    linears: Mapping[str, str]
+    starred: bool
+    whole: bool
+
+    def meant(self, name: str) -> bool:
+        """Whether `name` means them, by either of the names of one of them."""
+        if name == EVERYTHING:
+            return self.starred
+        both = [one for pair in self.linears.items() for one in pair]
+        return name in both if self.whole else name != "" and any(name in one for one in both)
+
+
 def choose(source: Source, names: Sequence[str]) -> dict[str, str]:
     """The kept linears that `names` mean, name on disk -> name in the model.
 
     Args:
-        names: parts of the names of linears in blocks; full names of linears outside; "*" for all those in blocks.
+        names: parts of the names of linears in blocks; full names of linears outside; "*" for all those in blocks of
+            the components that were quantized.
 
     Raises:
         ConfigError: a name means no kept linear, or one that cannot be in 8 bits; says why.
         UnsupportedModelError: no plugin claims the model, and nothing can be proved of it.
     """
     plan, quantized = _plan(source), set(source.linears.values())
-    on_disk = {one.name: _on_disk(source, one.name) for one in plan.linears if one.name not in quantized}
-    units = [[one.name for one in unit.linears if one.name in on_disk] for unit in units_of(plan.blocks)]
-    units += [[one.name] for one in plan.outside if one.name in on_disk and {one.name, on_disk[one.name]} & set(names)]
+    candidates = _candidates(source, plan, quantized)
     chosen: dict[str, str] = {}
     for name in names:
-        found = [unit for unit in units if any(_means(name, each, on_disk[each]) for each in unit)]
+        found = [one for one in candidates if one.meant(name)]
         if not found:
             raise ConfigError(f"--eight-bit {name}: {_why(plan, quantized, name)}", hint="name linears that were kept")
-        chosen |= {on_disk[each]: each for unit in found for each in unit}
+        chosen |= {on_disk: path for one in found for path, on_disk in one.linears.items()}
     for path in chosen.values():
         if other := _shared_with(source, path):
             raise ConfigError(f"--eight-bit: {path} shares its weight with {other}, which stays", hint="leave it out")
@@ -100,12 +121,18 @@ def _plan(source: Source) -> Plan:
     return make_plan(source.model, owner, manager, config)
 
 
-def _on_disk(source: Source, path: str) -> str:
-    return source.stored.get(f"{path}.weight", f"{path}.weight").removesuffix(".weight")
-
-
-def _means(name: str, path: str, on_disk: str) -> bool:
-    return name == EVERYTHING or (name != "" and (name in path or name in on_disk))
+def _candidates(source: Source, plan: Plan, quantized: set[str]) -> list[Candidate]:
+    """What may be chosen, in the order of the model."""
+    worked = {block.component for block in plan.blocks if any(one.name in quantized for one in block.linears)}
+    starred = {block.path for block in plan.blocks if block.component in worked}
+    groups = [([one.name for one in unit.linears], unit.block in starred, False) for unit in units_of(plan.blocks)]
+    groups += [([one.name], False, True) for one in plan.outside]
+    found = []
+    for paths, star, whole in groups:
+        kept = {path: f"{path}.weight" for path in paths if path not in quantized}
+        linears = {path: source.stored.get(name, name).removesuffix(".weight") for path, name in kept.items()}
+        found += [Candidate(linears, star, whole)] if linears else []
+    return found
 
 
 def _shared_with(source: Source, path: str) -> str:

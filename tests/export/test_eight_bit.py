@@ -235,7 +235,7 @@ def test_a_folder_of_whole_rows(tmp_path, llama_config):
 
 
 def test_a_model_with_images(tmp_path, tiny_options):
-    """Names differ between file and model; `*` takes the kept tower's blocks, and a projector goes by its full name."""
+    """Names differ between file and model; `*` takes the language model's, and what is kept whole goes by its name."""
     from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     integration = pytest.importorskip("awq_core.integrations.compressed_tensors")
@@ -243,8 +243,8 @@ def test_a_model_with_images(tmp_path, tiny_options):
     vision = CLIPVisionConfig(**tower, image_size=16, patch_size=4)
     config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**tiny_options), image_token_index=2)
     folder = quantized(config, tmp_path, torch.bfloat16, modules_to_not_convert=("layers.0.mlp.down_proj",))
-    projector = "model.multi_modal_projector.linear_1"
-    made = export_checkpoint(folder, tmp_path / "ct", CT, eight_bit=["*", projector])
+    names = ["*", "vision_tower", "projector.linear_1"]
+    made = export_checkpoint(folder, tmp_path / "ct", CT, eight_bit=names)
     assert len(made.eight_bit) == len(decoded(made.out)) == 1 + 2 * 6 + 1
     with integration.enable():
         found, info = AutoModelForImageTextToText.from_pretrained(made.out, output_loading_info=True)
