@@ -134,13 +134,15 @@ def _compressed_tensors(section: Section) -> Settings:
         for key in ("input_activations", "output_activations"):
             _absent(scheme, key, where)
         weights = _mapping(scheme.get("weights"), f"{where}.weights")
-        if weights.get("num_bits") == 8:
-            weights = {**weights, "num_bits": 4}
-            eight_bit.append((_strategy_group_size(weights, where), weights.get("symmetric", True) is not True))
+        wide = weights.get("num_bits") == 8
+        checked = {**weights, "num_bits": 4} if wide else weights
+        _four_bits(checked, f"{where}.weights", bits="num_bits", kind="type")
+        size, middle = _strategy_group_size(weights, where), weights.get("symmetric", True) is True
+        if wide:
+            eight_bit.append((size, not middle))
         else:
-            sizes.append(_strategy_group_size(weights, where))
-            symmetric.add(weights.get("symmetric", True) is True)
-        _four_bits(weights, f"{where}.weights", bits="num_bits", kind="type")
+            sizes.append(size)
+            symmetric.add(middle)
     if not sizes:
         where = next(iter(groups))
         raise CheckpointError(

@@ -51,7 +51,7 @@ def notes(source: Source) -> tuple[str, ...]:
         "its Conv1D are turned": bool(source.sideways & {*source.linears, *source.eight_bit}),
     }
     why = ", ".join(reason for reason, holds in reasons.items() if holds)
-    return (f"{why}: for transformers, {ENABLE}.enable() first",) if why else ()
+    return (f"transformers loads it after {ENABLE}.enable(): {why}",) if why else ()
 
 
 def card(source: Source) -> Card:

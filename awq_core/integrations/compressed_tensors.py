@@ -20,13 +20,23 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.utils.match import match_targets
+import transformers
 from torch import nn
-from transformers.integrations.compressed_tensors import CompressedTensorsDequantize
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+from awq_core.errors import ConfigError
+
+try:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.utils.match import match_targets
+    from transformers.integrations.compressed_tensors import CompressedTensorsDequantize
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+except ImportError as error:  # older releases of transformers decompress after loading, each linear by its own scheme
+    raise ConfigError(
+        f"with transformers {transformers.__version__} nothing is to be enabled here: {error}",
+        hint='pip install "transformers>=5.23" "compressed-tensors>=0.20"',
+    ) from error
 
 METHOD = "compressed-tensors"
 PACKED = "weight_packed"

@@ -1,10 +1,13 @@
 """Kept linears in 8 bits: decoded byte by byte, loaded by transformers through compressed-tensors, and read back."""
 
+import importlib
 import json
 import shutil
+import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Qwen2Config
 
@@ -306,6 +309,15 @@ def test_enable_and_disable():
         assert integration.AUTO_QUANTIZER_MAPPING[CT] is integration.Quantizer
     integration.disable()
     assert integration.AUTO_QUANTIZER_MAPPING[CT] is before
+
+
+def test_without_the_package(monkeypatch, one_line):
+    name = "awq_core.integrations.compressed_tensors"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "compressed_tensors.compressors", None)
+    with pytest.raises(ConfigError) as caught:
+        importlib.import_module(name)
+    one_line(caught.value, transformers.__version__, "compressed_tensors", "pip install")
 
 
 # -- which ones -------------------------------------------------------------------------------------------------------
