@@ -83,8 +83,9 @@ def choose(source: Source, names: Sequence[str]) -> dict[str, str]:
         if not found:
             raise ConfigError(f"--eight-bit {name}: {_why(plan, quantized, name)}", hint="name linears that were kept")
         chosen |= {on_disk: path for one in found for path, on_disk in one.linears.items()}
+    shared = _shared(source)
     for path in chosen.values():
-        if other := _shared_with(source, path):
+        if other := shared.get(f"{path}.weight"):
             raise ConfigError(f"--eight-bit: {path} shares its weight with {other}, which stays", hint="leave it out")
     return chosen
 
@@ -135,11 +136,12 @@ def _candidates(source: Source, plan: Plan, quantized: set[str]) -> list[Candida
     return found
 
 
-def _shared_with(source: Source, path: str) -> str:
-    """Name of another parameter that is the weight of a linear; empty where it has one of its own."""
-    weight = source.model.get_parameter(f"{path}.weight")
-    everything = source.model.named_parameters(remove_duplicate=False)
-    return next((name for name, one in everything if one is weight and name != f"{path}.weight"), "")
+def _shared(source: Source) -> dict[str, str]:
+    """Parameters that are one tensor with another, and the name of that."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in source.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {one: other for same in names.values() for one in same for other in same if one != other}
 
 
 def _why(plan: Plan, quantized: set[str], name: str) -> str:

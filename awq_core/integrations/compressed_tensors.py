@@ -34,7 +34,7 @@ try:
     from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 except ImportError as error:  # older releases of transformers decompress after loading, each linear by its own scheme
     raise ConfigError(
-        f"with transformers {transformers.__version__} nothing is to be enabled here: {error}",
+        f"loading compressed-tensors needs transformers 5.23, this is {transformers.__version__}: {error}",
         hint='pip install "transformers>=5.23" "compressed-tensors>=0.20"',
     ) from error
 

@@ -317,7 +317,7 @@ def test_without_the_package(monkeypatch, one_line):
     monkeypatch.setitem(sys.modules, "compressed_tensors.compressors", None)
     with pytest.raises(ConfigError) as caught:
         importlib.import_module(name)
-    one_line(caught.value, transformers.__version__, "compressed_tensors", "pip install")
+    one_line(caught.value, "needs transformers 5.23", transformers.__version__, "pip install")
 
 
 # -- which ones -------------------------------------------------------------------------------------------------------
