@@ -70,13 +70,15 @@ class Dequantize(CompressedTensorsDequantize):
     def convert(
         self, input_dict: dict[str, Any], *args: Any, full_layer_name: str, model: nn.Module, **options: Any
     ) -> dict[str, Any]:
-        if not {"weight", PACKED} & set(input_dict):  # whole names: of experts, to be stacked
+        packed = [key for key in input_dict if key.endswith(f".{PACKED}")]  # of experts, to be stacked
+        if packed:
             dtype = model.get_parameter(full_layer_name).dtype
-            kept = {key: value for key, value in input_dict.items() if key.endswith(".weight")}
-            packed = [key for key in input_dict if key.endswith(f".{PACKED}")]
-            return kept | {key: self._experts(input_dict, key, full_layer_name, dtype) for key in packed}
+            return {key: self._experts(input_dict, key, full_layer_name, dtype) for key in packed}
+        if all(key.endswith(".weight") for key in input_dict):  # of experts that were kept
+            return input_dict
         path = full_layer_name.removesuffix(".weight")
-        one = CompressedTensorsDequantize(self.hf_quantizer, self._scheme(path))
+        single = {"weight", PACKED} & set(input_dict)
+        one = CompressedTensorsDequantize(self.hf_quantizer, self._scheme(path) if single else None)
         found = one.convert(input_dict, *args, full_layer_name=full_layer_name, model=model, **options)
         if PACKED in input_dict and isinstance(model.get_submodule(path), Conv1D):
             found = {name: weight.t().contiguous() for name, weight in found.items()}

@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import sys
+import types
 
 import pytest
 import torch
@@ -309,6 +310,29 @@ def test_enable_and_disable():
         assert integration.AUTO_QUANTIZER_MAPPING[CT] is integration.Quantizer
     integration.disable()
     assert integration.AUTO_QUANTIZER_MAPPING[CT] is before
+
+
+def test_float8_experts_are_left_to_transformers():
+    """What is not packed goes the way it goes without `enable`."""
+    integration = pytest.importorskip("awq_core.integrations.compressed_tensors")
+    from compressed_tensors.quantization import QuantizationConfig
+
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    group = {"targets": ["Linear"], "weights": weights}
+    config = QuantizationConfig(config_groups={"a": group}, format="float-quantized", quantization_status="compressed")
+    quantizer = types.SimpleNamespace(compressor=types.SimpleNamespace(quantization_config=config))
+    model = torch.nn.ParameterDict({"gate": torch.nn.Parameter(torch.zeros(2, 4, 8, dtype=torch.bfloat16))})
+    codes = [torch.randn(4, 8).to(torch.float8_e4m3fn) for _ in range(2)]
+    tensors = {"experts.*.w1.weight": codes, "experts.*.w1.weight_scale": [torch.rand(4, 1) + 1 for _ in range(2)]}
+    options = {"source_patterns": [], "target_patterns": [], "full_layer_name": "gate", "model": model}
+    ours, theirs = (
+        kind(quantizer).convert(dict(tensors), **options)
+        for kind in (integration.Dequantize, integration.CompressedTensorsDequantize)
+    )
+    assert list(ours) == list(theirs) == ["experts.*.w1.weight"]
+    for expert in range(2):
+        expected = (codes[expert].float() * tensors["experts.*.w1.weight_scale"][expert]).bfloat16()
+        assert torch.equal(ours["experts.*.w1.weight"][expert], expected)
 
 
 def test_without_the_package(monkeypatch, one_line):
