@@ -30,7 +30,7 @@ from awq_core.errors import CheckpointError
 Parts = dict[str, torch.Tensor]
 MIDDLE = 8
 _TOGETHER = 128  # rows turned at a time: of a big matrix only these are unpacked
-_AGAIN = "is config.json the one these weights were made with?"
+AGAIN = "is config.json the one these weights were made with?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +103,12 @@ def read_packed(
     packed = layout.convert(name, parts, settings)
     rows, columns = packed.qweight.shape[0], packed.qweight.shape[1] * PER_WORD
     if settings.version != "gemm" and shape not in (None, (columns, rows)):
-        raise CheckpointError(f"{name} is {columns} x {rows}, the model needs {shape[0]} x {shape[1]}", hint=_AGAIN)
+        raise CheckpointError(f"{name} is {columns} x {rows}, the model needs {shape[0]} x {shape[1]}", hint=AGAIN)
     columns, rows = shape or (columns, rows)
     validate_packed(name, packed, rows, columns, _group_size(name, packed, rows, settings))
     if not settings.zero_point and not bool((unpack(packed.qzeros) == MIDDLE).all()):
         raise CheckpointError(
-            f"{name}: zero points that are not {MIDDLE}, though config.json says symmetric", hint=_AGAIN
+            f"{name}: zero points that are not {MIDDLE}, though config.json says symmetric", hint=AGAIN
         )
     return packed
 
@@ -123,24 +123,24 @@ def _group_size(name: str, packed: PackedLinear, rows: int, settings: Settings) 
     if settings.version == "gemm":
         return settings.group_size  # the shape of qzeros is what will be named
     raise CheckpointError(
-        f"{name} has {groups} groups in {rows} input features, config.json says groups of {declared[0]}", hint=_AGAIN
+        f"{name} has {groups} groups in {rows} input features, config.json says groups of {declared[0]}", hint=AGAIN
     )
 
 
 def _gemm(name: str, parts: Parts, settings: Settings) -> PackedLinear:
     for part, tensor in parts.items():
-        _expect(name, part, tensor, (None, None))
+        expect(name, part, tensor, (None, None))
     return PackedLinear(parts["qweight"], parts["qzeros"], parts["scales"])
 
 
 def _gptq(name: str, parts: Parts, settings: Settings, *, stored_less: int) -> PackedLinear:
     words, scales = parts["qweight"], parts["scales"]
-    _expect(name, "scales", scales, (None, None))
+    expect(name, "scales", scales, (None, None))
     groups, columns = scales.shape
-    _expect(name, "qweight", words, (None, columns), torch.int32)
-    _expect(name, "qzeros", parts["qzeros"], (groups, -(-columns // PER_WORD)), torch.int32)
+    expect(name, "qweight", words, (None, columns), torch.int32)
+    expect(name, "qzeros", parts["qzeros"], (groups, -(-columns // PER_WORD)), torch.int32)
     rows = words.shape[0] * PER_WORD
-    _in_order(name, parts.get("g_idx"), rows, groups)
+    in_order(name, parts.get("g_idx"), rows, groups)
     zeros = _neighbours(parts["qzeros"])[:, :columns]
     if stored_less and bool((zeros == 15).any()):
         # 15 is either a zero point of 16, or one of 0 that borrowed from its neighbour: tools disagree.
@@ -153,23 +153,23 @@ def _gptq(name: str, parts: Parts, settings: Settings, *, stored_less: int) -> P
 
 def _pack_quantized(name: str, parts: Parts, settings: Settings) -> PackedLinear:
     words, scales = parts["weight_packed"], parts["weight_scale"]
-    _expect(name, "weight_shape", parts["weight_shape"], (2,))
+    expect(name, "weight_shape", parts["weight_shape"], (2,))
     out, rows = (int(size) for size in parts["weight_shape"].tolist())
-    _expect(name, "weight_packed", words, (out, -(-rows // PER_WORD)), torch.int32)
-    _expect(name, "weight_scale", scales, (out, None))
+    expect(name, "weight_packed", words, (out, -(-rows // PER_WORD)), torch.int32)
+    expect(name, "weight_scale", scales, (out, None))
     groups = scales.shape[1]
-    _in_order(name, parts.get("weight_g_idx"), rows, groups)
+    in_order(name, parts.get("weight_g_idx"), rows, groups)
     zeros = torch.full((out, groups), MIDDLE, dtype=torch.uint8, device=scales.device)
     stored = parts.get("weight_zero_point")
     if stored is None and settings.zero_point:
-        raise CheckpointError(f"{name}.weight_zero_point is missing, and config.json says asymmetric", hint=_AGAIN)
+        raise CheckpointError(f"{name}.weight_zero_point is missing, and config.json says asymmetric", hint=AGAIN)
     if stored is not None and stored.dtype == torch.int8:  # not packed before compressed-tensors' pull request 296
-        _expect(name, "weight_zero_point", stored, (out, groups))
+        expect(name, "weight_zero_point", stored, (out, groups))
         if bool(((stored < -MIDDLE) | (stored >= MIDDLE)).any()):
-            raise CheckpointError(f"{name}.weight_zero_point has zero points outside -8 to 7", hint=_AGAIN)
+            raise CheckpointError(f"{name}.weight_zero_point has zero points outside -8 to 7", hint=AGAIN)
         zeros = (stored + MIDDLE).to(torch.uint8)
     elif stored is not None:
-        _expect(name, "weight_zero_point", stored, (-(-out // PER_WORD), groups), torch.int32)
+        expect(name, "weight_zero_point", stored, (-(-out // PER_WORD), groups), torch.int32)
         zeros = _neighbours(stored.t())[:, :out].t()
     if out % PER_WORD:
         raise CheckpointError(
@@ -196,7 +196,7 @@ def _neighbours(words: torch.Tensor) -> torch.Tensor:
     return torch.stack([(words >> 4 * i & 15).to(torch.uint8) for i in range(PER_WORD)], -1).flatten(1)
 
 
-def _expect(
+def expect(
     name: str, part: str, tensor: torch.Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None
 ) -> None:
     """Refuse a tensor of another shape, in which None is any size, or of another dtype."""
@@ -206,15 +206,15 @@ def _expect(
     )
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise CheckpointError(f"{name}.{part} has shape {found}, expected ({wanted})", hint=_AGAIN)
+        raise CheckpointError(f"{name}.{part} has shape {found}, expected ({wanted})", hint=AGAIN)
     if dtype is not None and tensor.dtype != dtype:
-        raise CheckpointError(f"{name}.{part} is {tensor.dtype}, expected {dtype}", hint=_AGAIN)
+        raise CheckpointError(f"{name}.{part} is {tensor.dtype}, expected {dtype}", hint=AGAIN)
 
 
-def _in_order(name: str, order: torch.Tensor | None, rows: int, groups: int) -> None:
+def in_order(name: str, order: torch.Tensor | None, rows: int, groups: int) -> None:
     """Refuse input columns that are not grouped with their neighbours; `order` [in] is the group of each."""
     if rows < 1 or groups < 1 or rows % groups:
-        raise CheckpointError(f"{name}: {rows} input features cannot be {groups} groups of one size", hint=_AGAIN)
+        raise CheckpointError(f"{name}: {rows} input features cannot be {groups} groups of one size", hint=AGAIN)
     if order is not None:
         expected = torch.arange(rows, device=order.device) // (rows // groups)
         if tuple(order.shape) != (rows,) or not torch.equal(order.long(), expected):

@@ -41,6 +41,8 @@ class Settings:
         zero_point: False where every zero point is 8, the middle of the codes.
         version: the layout: "gemm", this format's, or one of `checkpoint.foreign.LAYOUTS`.
         other_group_sizes: those that some linears have instead, in checkpoints of other tools.
+        eight_bit: (group size, whether there are zero points) of linears of 8 bits, which are read as 16-bit ones, see
+            `checkpoint.eight_bit`; in checkpoints of other tools.
     """
 
     group_size: int
@@ -49,6 +51,7 @@ class Settings:
     zero_point: bool = True
     version: str = "gemm"
     other_group_sizes: tuple[int, ...] = ()
+    eight_bit: tuple[tuple[int, bool], ...] = ()
 
 
 class Packed(Protocol):

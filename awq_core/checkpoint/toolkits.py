@@ -8,6 +8,7 @@
 
 The configuration alone decides how tensors are read (`checkpoint.foreign`); nothing is told from their shapes. What a
 4-bit AWQ linear cannot say exactly is refused here by name: other bits, quantized activations, sparsity, rotations.
+Only compressed-tensors' linears of 8 bits, beside others of 4, are read as 16-bit ones (`checkpoint.eight_bit`).
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def _compressed_tensors(section: Section) -> Settings:
     groups = _mapping(section.get("config_groups"), "config_groups")
     if not groups:
         raise CheckpointError("quantization_config: config_groups names no scheme", hint="download config.json again")
-    sizes, symmetric = [], set()
+    sizes, symmetric, eight_bit = [], set(), []
     for name, scheme in groups.items():
         where = f"config_groups.{name}"
         scheme = _mapping(scheme, where)
@@ -133,9 +134,21 @@ def _compressed_tensors(section: Section) -> Settings:
         for key in ("input_activations", "output_activations"):
             _absent(scheme, key, where)
         weights = _mapping(scheme.get("weights"), f"{where}.weights")
-        _four_bits(weights, f"{where}.weights", bits="num_bits", kind="type")
-        sizes.append(_strategy_group_size(weights, where))
-        symmetric.add(weights.get("symmetric", True) is True)
+        wide = weights.get("num_bits") == 8
+        checked = {**weights, "num_bits": 4} if wide else weights
+        _four_bits(checked, f"{where}.weights", bits="num_bits", kind="type")
+        size, middle = _strategy_group_size(weights, where), weights.get("symmetric", True) is True
+        if wide:
+            eight_bit.append((size, not middle))
+        else:
+            sizes.append(size)
+            symmetric.add(middle)
+    if not sizes:
+        where = next(iter(groups))
+        raise CheckpointError(
+            f"config_groups.{where}.weights says num_bits=8, and no group has 4 bits",
+            hint=f"8 bits are read beside 4 only: {ORIGINAL}",
+        )
     if len(symmetric) > 1:
         raise CheckpointError("quantization_config: some config_groups are symmetric and some are not", hint=ORIGINAL)
     return Settings(
@@ -144,6 +157,7 @@ def _compressed_tensors(section: Section) -> Settings:
         zero_point=not symmetric.pop(),
         version="pack-quantized",
         other_group_sizes=tuple(sizes[1:]),
+        eight_bit=tuple(eight_bit),
     )
 
 

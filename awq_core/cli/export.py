@@ -8,7 +8,7 @@ import click
 
 from awq_core.cli.options import json_option, plugin_option, trust_option
 from awq_core.cli.output import command_line, note, plural, print_json
-from awq_core.export.formats import FORMATS
+from awq_core.export.formats import EIGHT_BIT, FORMATS
 
 if TYPE_CHECKING:
     from awq_core.export.formats import Exported
@@ -29,26 +29,43 @@ Formats:
 \b
 Examples:
   awq export DIR --to compressed-tensors --out DIR2
+  awq export DIR --to compressed-tensors --eight-bit '*' --out DIR2
   awq export DIR --to gptq_v2 --out DIR2
   awq export DIR --to scaled-fp16 --out DIR2
   awq export DIR --to onnx --out DIR2
   awq export DIR --to gguf --out DIR2
 \b
 The codes, zero points and scales are the same in every format; scaled-fp16 and
-gguf-fp16 multiply them out. DIR may be another toolkit's 4-bit folder too.
+gguf-fp16 multiply them out. --eight-bit rounds linears that were kept, and those
+that engines fuse with them. DIR may be another toolkit's 4-bit folder too.
 """
 )
 @click.argument("folder", metavar="DIR")
 @click.option("--to", type=click.Choice(list(FORMATS)), default="awq", help="The format.")
+@click.option(
+    "--eight-bit",
+    metavar="NAME",
+    multiple=True,
+    help=f"Of {EIGHT_BIT}: kept linears whose full name contains NAME are stored in 8 bits; '*' is all of the blocks. "
+    "Outside the blocks, the full name. Repeatable.",
+)
 @out_option
 @plugin_option
 @trust_option
 @json_option
-def export(folder: str, to: str, out: str, plugin: str | None, trust_remote_code: bool, as_json: bool) -> None:
+def export(
+    folder: str,
+    to: str,
+    eight_bit: tuple[str, ...],
+    out: str,
+    plugin: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
     """Write a quantized folder as another tool reads it."""
     from awq_core.export.formats import export_checkpoint
 
-    done = export_checkpoint(folder, out, to, plugin=plugin, trust_remote_code=trust_remote_code)
+    done = export_checkpoint(folder, out, to, eight_bit=eight_bit, plugin=plugin, trust_remote_code=trust_remote_code)
     if to == "torch":
         note(PICKLE)
     _tell(done, as_json)
@@ -79,11 +96,16 @@ def import_(folder: str, out: str, plugin: str | None, trust_remote_code: bool, 
 
 
 def _tell(done: Exported, as_json: bool) -> None:
+    for line in done.notes:
+        note(f"note: {line}")
     if as_json:
-        print_json({"out": done.out, "format": done.format, "linears": done.linears, "bytes": done.nbytes})
+        eight = {"eight_bit": done.eight_bit} if done.eight_bit else {}
+        print_json({"out": done.out, "format": done.format, "linears": done.linears, **eight, "bytes": done.nbytes})
         return
     from awq_core.sizes import size_text
 
-    click.echo(f"{done.out}: {done.format}, {plural(done.linears, 'linear')} converted, {size_text(done.nbytes)}")
+    kept = f", {plural(len(done.eight_bit), 'kept one')} in 8 bits" if done.eight_bit else ""
+    size = size_text(done.nbytes)
+    click.echo(f"{done.out}: {done.format}, {plural(done.linears, 'linear')} converted{kept}, {size}")
     if done.format == "awq":
         note(f"next: {command_line('awq', 'generate', done.out, '--prompt', 'def read_json(path):')}")

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from awq_core.checkpoint.eight_bit import widened
 from awq_core.checkpoint.foreign import packed_names, read_packed, tensor_names
 from awq_core.checkpoint.format import Settings
 from awq_core.checkpoint.pack import PackedLinear, dequantize, unpack
@@ -114,7 +115,8 @@ def compare_weights(
             f"{folders[0]} is a {kinds[0]} and {folders[1]} a {kinds[1]}",
             hint="two folders made from the same model",
         )
-    with CheckpointReader(folders[0]) as first, CheckpointReader(folders[1]) as second:
+    with CheckpointReader(folders[0]) as one, CheckpointReader(folders[1]) as other:
+        first, second = widened(one, settings[0]), widened(other, settings[1])
         mine, theirs = packed_names(first.names, settings[0]), packed_names(second.names, settings[1])
         shared = [name for name in mine if name in set(theirs)]
         if not shared:

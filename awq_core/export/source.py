@@ -7,9 +7,9 @@ tensor for it, and a tensor `[rows, columns]` may be an embedding. So the model'
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from awq_core.checkpoint.eight_bit import widened
 from awq_core.checkpoint.foreign import logical_names, packed_names, read_packed, tensor_names
 from awq_core.checkpoint.format import Settings
 from awq_core.checkpoint.pack import PackedLinear
@@ -47,7 +48,10 @@ class Source:
         sideways: quantized ones whose unquantized weight is `[in, out]` on disk.
         lm_head: whether the output head is quantized.
         code: whether the model's own `*.py` are to be carried over.
+        model: its module tree without weights, as it was when the model was quantized.
+        stored: names of its weights on disk, by their names in the model.
         plugin: the owner that was named, where two claim the model.
+        eight_bit: kept linears that the result holds in 8 bits, name on disk -> name in the model.
     """
 
     folder: Path
@@ -59,7 +63,10 @@ class Source:
     sideways: frozenset[str]
     lm_head: bool
     code: bool
+    model: PreTrainedModel
+    stored: Mapping[str, str]
     plugin: str | None = None
+    eight_bit: Mapping[str, str] = field(default_factory=dict)
 
     def linear(self, name: str) -> PackedLinear:
         """One quantized linear.
@@ -110,12 +117,13 @@ def open_source(
     if settings is None:
         raise CheckpointError(f"{root} is not quantized", hint=f"awq quantize {root} --out DIR, then export DIR")
     with CheckpointReader(root) as reader:
+        model = _model(root, raw, plugin, trust_remote_code)
+        reader = widened(reader, settings, model)
         packed = packed_names(reader.names, settings)
         if not packed:
             raise CheckpointError(
                 f"{root}: config.json says quantized, and no linear is", hint="do config.json and the weights belong?"
             )
-        model = _model(root, raw, plugin, trust_remote_code)
         stored = checkpoint_names(model, tuple(logical_names(reader.names, settings)))
         paths = {on_disk: path for path, on_disk in stored.items()}
         linears = {name: paths.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in packed}
@@ -130,6 +138,8 @@ def open_source(
             sideways=frozenset(stored[name].removesuffix(".weight") for name in transposed_names(model) & set(stored)),
             lm_head=any(model.get_submodule(path) is head for path in linears.values() if head is not None),
             code=trust_remote_code,
+            model=model,
+            stored=stored,
             plugin=plugin,
         )
 

@@ -20,16 +20,25 @@ from awq_core.errors import OutputError
 from awq_core.export.card import Card
 from awq_core.export.source import Source
 
-# Turns a linear, by its name, into the tensors of a format, by their full names.
+# Turns a quantized linear, by its name, or another tensor, by its own, into tensors of a format, by their full names.
 Convert = Callable[[str, PackedLinear], Mapping[str, torch.Tensor]]
+Other = Callable[[str, torch.Tensor], Mapping[str, torch.Tensor]]
 SECTIONS = ("quantization_config", "compression_config")
 
 
-def write_folder(source: Source, out: Path, convert: Convert, section: dict[str, Any] | None, card: Card) -> None:
-    """Write `source` to `out`, its quantized linears as `convert` says and everything else as it is.
+def write_folder(
+    source: Source,
+    out: Path,
+    convert: Convert,
+    section: dict[str, Any] | None,
+    card: Card,
+    other: Other = lambda name, tensor: {name: tensor},
+) -> None:
+    """Write `source` to `out`, its quantized linears as `convert` says and everything else as `other` does.
 
     Args:
         section: the `quantization_config` of the result; None for a model that is not quantized.
+        other: default: as it is.
 
     Raises:
         CheckpointError: a tensor cannot be read or converted.
@@ -39,12 +48,11 @@ def write_folder(source: Source, out: Path, convert: Convert, section: dict[str,
         if writer.unfinished is not None:
             raise unfinished(out)
         for name, value in source.weights():
+            made = convert(name, value) if isinstance(value, PackedLinear) else other(name, value)
+            for part, tensor in made.items():
+                writer.add(part, tensor)
             if isinstance(value, PackedLinear):
-                for part, tensor in convert(name, value).items():
-                    writer.add(part, tensor)
                 release_freed_memory()
-            else:
-                writer.add(name, value)
         writer.finish(small_files(source, section, card))
 
 

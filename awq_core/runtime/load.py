@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from awq_core.checkpoint.eight_bit import widened
 from awq_core.checkpoint.foreign import logical_names, read_packed, tensor_names
 from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.checkpoint.stacks import unstacked
@@ -90,7 +91,7 @@ def load(
         prepare_unclaimed(skeleton)
     backends = manager.kernel_backends()
     with CheckpointReader(folder) as reader:
-        reader = unstacked(reader, skeleton)
+        reader = unstacked(widened(reader, settings, skeleton), skeleton)
         stored = logical_names(reader.names, settings)
         names = checkpoint_names(skeleton, tuple(stored))
         taken: set[str] = set()

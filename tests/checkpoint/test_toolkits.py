@@ -74,6 +74,21 @@ def settings(tmp_path):
                 other_group_sizes=(128,),
             ),
         ),
+        (
+            compressed(
+                config_groups={
+                    "a": {"weights": WEIGHTS | {"num_bits": 8, "group_size": 64}},
+                    "b": {"weights": WEIGHTS},
+                    "c": {"weights": WEIGHTS | {"num_bits": 8, "strategy": "channel", "symmetric": True}},
+                }
+            ),
+            Settings(
+                group_size=32,
+                modules_to_not_convert=("lm_head",),
+                version="pack-quantized",
+                eight_bit=((64, True), (-1, False)),
+            ),
+        ),
     ],
 )
 def test_what_they_say(settings, section, expected):
@@ -107,6 +122,14 @@ def test_what_they_say(settings, section, expected):
         (AUTO_ROUND | {"extra_config": {"a": {"bits": 8}}}, ("extra_config.a says bits=8",)),
         (AUTO_ROUND | {"extra_config": {"a": {"data_type": "fp"}}}, ("extra_config.a says data_type='fp'",)),
         (compressed({"num_bits": 8}), ("config_groups.group_0.weights says num_bits=8",)),
+        (
+            compressed(config_groups={"a": {"weights": WEIGHTS}, "b": {"weights": WEIGHTS | {"num_bits": 3}}}),
+            ("config_groups.b.weights says num_bits=3",),
+        ),
+        (
+            compressed(config_groups={"a": {"weights": WEIGHTS}, "b": {"weights": {"num_bits": 8, "type": "float"}}}),
+            ("config_groups.b.weights", "'float'"),
+        ),
         (compressed({"type": "float"}), ("type='float'",)),
         (compressed({"strategy": "tensor"}), ("strategy 'tensor'",)),
         (compressed({"group_size": 0}), ("group_size=0",)),

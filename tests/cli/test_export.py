@@ -16,6 +16,26 @@ def test_export_and_import(awq, quantized, tmp_path, read_json):
     assert again == (quantized / "model.safetensors").read_bytes()
 
 
+def test_8_bits(awq, quantized, tmp_path, read_json):
+    """The head is the one linear that was kept."""
+    plain = read_json(awq("export", quantized, "--to", "compressed-tensors", "--out", tmp_path / "a", "--json"))
+    command = ("export", quantized, "--to", "compressed-tensors", "--eight-bit", "lm_head", "--out")
+    result = awq(*command, tmp_path / "b")
+    assert "14 linears converted, 1 kept one in 8 bits, " in result.stdout and result.stdout.count("\n") == 1
+    (line,) = result.errors
+    assert line.startswith("note: transformers loads it after awq_core.integrations.compressed_tensors.enable()")
+    done = read_json(awq(*command, tmp_path / "c", "--json"))
+    assert done["eight_bit"] == ["lm_head"] and done["linears"] == 14 and "eight_bit" not in plain
+    assert plain["bytes"] - done["bytes"] > 128 * 64  # a byte of each weight, at least
+    for options, words in (
+        (("--eight-bit", "*"), "no linear of the blocks was kept"),
+        (("--to", "gptq_v2"), "--to gptq_v2 holds no linears of 8 bits - try: --to compressed-tensors"),
+    ):
+        (line,) = awq(*command, tmp_path / "d", *options, code=2).errors
+        assert words in line
+    assert not (tmp_path / "d").exists()
+
+
 def test_a_pickle_comes_with_a_warning(awq, quantized, tmp_path):
     result = awq("export", quantized, "--to", "torch", "--out", tmp_path / "x")
     (line,) = result.errors
