@@ -54,7 +54,8 @@ class FolderTests(PlanTests):
     def test_int4_kernel_agrees_in_bfloat16(self, case: Any, tmp_path: Path) -> None:
         """If this fails: a linear that is not quite an `nn.Linear` was replaced. Compare block by block.
 
-        bf16 alone moves the outputs of a router or of a deep stack by more than 1e-2; a kernel may err twice as much.
+        bf16 alone moves the outputs of a deep stack by more than 1e-2; a kernel may err twice as much. Where a router
+        has a near tie, either may send a token elsewhere: the error is that of three tokens in four.
         """
         source, out = tmp_path / "source", tmp_path / "out"
         save_tiny(case, source, dtype=torch.bfloat16, own_init=True)
@@ -64,7 +65,8 @@ class FolderTests(PlanTests):
         with torch.no_grad():
             exact = load(out, fake_quant=True, dtype=torch.float32)(input_ids=ids).logits
             got, plain = (load(out, fake_quant=fake)(input_ids=ids).logits.float() for fake in (False, True))
-        error, own = (float((logits - exact).norm() / exact.norm()) for logits in (got, plain))
+        moved = ((logits - exact).norm(dim=-1) / exact.norm(dim=-1) for logits in (got, plain))
+        error, own = (float(tokens.flatten().quantile(0.75)) for tokens in moved)
         assert error < max(1e-2, 2 * own), f"off by {error:.2g}, bfloat16 alone by {own:.2g}"
 
     @pytest.mark.parametrize("everything", [False, True], ids=["here", "as-on-a-gpu"])
