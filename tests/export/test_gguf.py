@@ -14,8 +14,10 @@ import awq_core
 from awq_core.checkpoint.pack import dequantize, pack_linear
 from awq_core.errors import CheckpointError, ConfigError, NumericsError
 from awq_core.export.formats import export_checkpoint
-from awq_core.export.gguf_architectures import KNOWN, known, paired_rows, rope_factors
+from awq_core.export.gguf_architectures import KNOWN, known
 from awq_core.export.gguf_blocks import Fidelity, q4_1
+from awq_core.export.gguf_sizes import rope_factors
+from awq_core.export.gguf_tensors import grouped_rows, paired_rows
 from awq_core.export.gguf_tokenizer import leading_space, pre, scores
 
 gguf = pytest.importorskip("gguf")
@@ -428,18 +430,47 @@ def test_llama_cpp_cuts_text_the_same(quantized_pycoder, exported, sentencepiece
 
 ROPE3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
          "original_max_position_embeddings": 64}  # fmt: skip
+MOE = {"num_experts": 4, "num_experts_per_tok": 2}
+WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+HALF = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
+BASES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+}
+# What a tiny model of an architecture has more than the others, so that what is special about it shows.
 SPECIAL = {
     "llama": {"attention_bias": True, "rope_parameters": ROPE3},
     "mistral": {"head_dim": 32},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3": {"head_dim": 32},
+    "qwen2_moe": {**MOE, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 128},
+    "qwen3_moe": {**MOE, "moe_intermediate_size": 64, "head_dim": 32, "norm_topk_prob": True},
+    "olmo": {"clip_qkv": 0.5},
+    "olmo3": {**WINDOW, "rope_parameters": {**BASES, "full_attention": BASES["sliding_attention"]}},
+    "olmoe": MOE,
     "gemma": {"head_dim": 32},
-    "granite": {
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.5,
-        "attention_multiplier": 0.2,
-        "logits_scaling": 2.0,
-    },
-}
+    "gemma2": {**WINDOW, "head_dim": 32, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0,
+               "final_logit_softcapping": 3.0},
+    "gemma3_text": {**WINDOW, "head_dim": 32, "query_pre_attn_scalar": 32, "rope_parameters": BASES},
+    "granite": MULTIPLIERS,
+    "phi": HALF,
+    "phi3": {**HALF, "pad_token_id": 0},
+    "stablelm": {**HALF, "use_qkv_bias": True},
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": {**WINDOW, "logit_scale": 0.5, "head_dim": 16},
+    "glm4": {**HALF, "head_dim": 32},
+    "gpt_neox": {**HALF, "use_parallel_residual": True},
+    "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True, "ffn_hidden_size": 96},
+    "nemotron": {**HALF, "head_dim": 16},
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "smollm3": {"num_hidden_layers": 4, "pad_token_id": 0},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
