@@ -8,14 +8,11 @@ of llama.cpp, which would compute something else without a word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from awq_core.errors import CheckpointError
-
-# A value, or what it must be in a given configuration.
-Fixed = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +41,7 @@ class Known:
     eps: str | float = "rms_norm_eps"
     act: tuple[str, ...] = ("silu", "swish")
     keys: Mapping[str, str] = field(default_factory=dict)
-    fixed: Fixed = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
@@ -147,7 +144,7 @@ def known(config: Any) -> Known:
     if act not in found.act:
         raise CheckpointError(f"llama.cpp's {found.name} computes {found.act[0]}, this model {act}", hint="--to onnx")
     for name, value in found.fixed.items():
-        wanted = value(config) if isinstance(value, Callable) else value
+        wanted = value(config) if callable(value) else value
         given = getattr(config, name, None)
         if given not in (wanted if isinstance(wanted, tuple) else (wanted,)):
             raise CheckpointError(f"llama.cpp's {found.name} has {name} {wanted}, this model {given}", hint="--to onnx")

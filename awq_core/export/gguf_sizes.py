@@ -1,4 +1,4 @@
-"""The sizes and constants of a model, as llama.cpp reads them: from a configuration of transformers to `gguf`'s keys."""
+"""The sizes and constants of a model: from a configuration of transformers to the keys that llama.cpp reads."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def add_sizes(writer: Any, config: Any, arch: Known, vocabulary: int, *, packed:
     if arch.windows:
         writer.add_sliding_window(int(config.sliding_window or config.max_position_embeddings))
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
-        writer.add_rope_freq_base_swa(float(_rope(config, "sliding_attention")["rope_theta"]))
+        writer.add_rope_freq_base_swa(float((_rope(config, "sliding_attention") or {})["rope_theta"]))
 
 
 def _add_rope(writer: Any, config: Any, arch: Known) -> None:
@@ -97,22 +97,27 @@ def kv_heads(config: Any) -> int:
     """Heads of keys and values."""
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         return 1
-    given = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
-    return int(given or config.num_attention_heads)
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return int(config.num_attention_heads)
 
 
 def _inner(config: Any) -> int:
     """Channels inside the MLP."""
-    given = (getattr(config, name, None) for name in ("intermediate_size", "ffn_hidden_size", "n_inner"))
-    return int(next((size for size in given if size), 4 * config.hidden_size))
+    for name in ("intermediate_size", "ffn_hidden_size", "n_inner"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return 4 * int(config.hidden_size)
 
 
 def _context(config: Any, arch: Known) -> int:
     """The longest text: where a layer sees a window only, and llama.cpp shows it everything, no longer than that."""
     longest, window = int(config.max_position_embeddings), getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
-    sees = window and not arch.windows and (kinds is None or "sliding_attention" in kinds)
-    return min(longest, int(window)) if sees else longest
+    if window and not arch.windows and (kinds is None or "sliding_attention" in kinds):
+        return min(longest, int(window))
+    return longest
 
 
 def _rope(config: Any, layers: str = "full_attention") -> dict[str, Any] | None:

@@ -5,9 +5,9 @@
     experts                                        the same, one linear of all of a layer's in one tensor
     other matrices                                 as they are; norms, biases and routers in float32
 
-Some rows change places. Rotary embedding: transformers turns rows i and i + d/2 of a head of width d together. For some
-architectures llama.cpp turns 2i and 2i + 1, as Meta's first code did, so for those  row 2i + j  is  row i + j · d/2. And
-where q, k and v are one linear that goes by groups of heads, all of q comes first, then k, then v.
+Some rows change places. The rotary embedding of transformers turns rows i and i + d/2 of a head of width d together;
+for some architectures llama.cpp turns 2i and 2i + 1, as Meta's first code did. There,  row 2i + j  is  row i + j · d/2.
+And where q, k and v are one linear that goes by groups of heads, all of q comes first, then k, then v.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import awq_core
 from awq_core.checkpoint.pack import dequantize, pack_linear
 from awq_core.errors import CheckpointError, ConfigError, NumericsError
 from awq_core.export.formats import export_checkpoint
-from awq_core.export.gguf_architectures import KNOWN, known
+from awq_core.export.gguf_architectures import KNOWN
 from awq_core.export.gguf_blocks import Fidelity, q4_1
 from awq_core.export.gguf_sizes import rope_factors
 from awq_core.export.gguf_tensors import grouped_rows, paired_rows
@@ -23,6 +23,59 @@ from awq_core.export.gguf_tokenizer import leading_space, pre, scores
 gguf = pytest.importorskip("gguf")
 ROOT = Path(__file__).parents[2]
 TEXTS = ("def read_json(path):\n", "import os\nclass  Foo:\n    '''x's   12345 é 日本 '''\n\n\n\treturn", " ", "WE'RE")
+ROPE3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 64}  # fmt: skip
+MOE = {"num_experts": 4, "num_experts_per_tok": 2}
+WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+HALF = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
+BASES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+}
+# What a tiny model of an architecture has more than the others, so that what is special about it shows.
+SPECIAL = {
+    "llama": {"attention_bias": True, "rope_parameters": ROPE3},
+    "mistral": {"head_dim": 32, "sliding_window": 128},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3": {"head_dim": 32},
+    "qwen2_moe": {**MOE, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 128},
+    "qwen3_moe": {**MOE, "moe_intermediate_size": 64, "head_dim": 32, "norm_topk_prob": True},
+    "olmo": {"clip_qkv": 0.5},
+    "olmo3": {**WINDOW, "rope_parameters": {**BASES, "full_attention": BASES["sliding_attention"]}},
+    "olmoe": MOE,
+    "gemma": {"head_dim": 32},
+    "gemma2": {**WINDOW, "head_dim": 32, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0,
+               "final_logit_softcapping": 3.0},
+    "gemma3_text": {**WINDOW, "head_dim": 32, "query_pre_attn_scalar": 32, "rope_parameters": BASES},
+    "granite": MULTIPLIERS,
+    "phi": HALF,
+    "phi3": {**HALF, "pad_token_id": 0},
+    "stablelm": {**HALF, "use_qkv_bias": True},
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": {**WINDOW, "logit_scale": 0.5, "head_dim": 16},
+    "glm4": {**HALF, "head_dim": 32},
+    "gpt_neox": {**HALF, "use_parallel_residual": True},
+    "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True, "ffn_hidden_size": 96},
+    "nemotron": {**HALF, "head_dim": 16},
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "smollm3": {"num_hidden_layers": 4, "pad_token_id": 0},
+}  # fmt: skip
+
+
+def tiny_config(name, **more):
+    """A tiny model's configuration, of a model type."""
+    from transformers import AutoConfig
+
+    from awq_core.testing import TINY_DECODER
+
+    options = {**TINY_DECODER, "vocab_size": 4096, "max_position_embeddings": 256, **SPECIAL.get(name, {}), **more}
+    return AutoConfig.for_model(name, **options)
 
 
 def packed_linear(scale, zeros, rows=128, group=32, dtype=torch.float16):
@@ -174,14 +227,14 @@ def test_the_folder(quantized_pycoder, exported):
     assert (made / "model.gguf").stat().st_size < 1.15 * (quantized_pycoder / "model.safetensors").stat().st_size
 
 
-def quantized(config, folder, group_size=32):
+def quantized(config, folder, group_size=32, **more):
     """A tiny model with the demo model's tokenizer."""
     from awq_core.testing import save_tiny
 
     save_tiny(config, folder / "source")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / "source" / name).write_bytes((ROOT / "examples" / "pycoder" / name).read_bytes())
-    settings = awq_core.QuantConfig(group_size=group_size, scale=False, clip="none")
+    settings = awq_core.QuantConfig(group_size=group_size, scale=False, clip="none", **more)
     awq_core.quantize(folder / "source", folder / "DIR", config=settings)
     return folder / "DIR"
 
@@ -204,6 +257,51 @@ def test_another_layout_makes_the_same_file(quantized_pycoder, exported, tmp_pat
     assert ours == theirs
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A tiny Qwen 2 mixture of four experts and a shared one. Never change it."""
+    return quantized(tiny_config("qwen2_moe"), tmp_path_factory.mktemp("mixture"))
+
+
+@pytest.mark.parametrize("to", ["gguf", "gguf-fp16"])
+def test_experts_are_stacked(mixture, tmp_path, to):
+    tensors, fields = opened(export_checkpoint(mixture, tmp_path / "x", to).out)
+    mlp = awq_core.load(mixture, fake_quant=True, dtype="float32").model.layers[1].mlp
+    for place, name in (("ffn_gate", "gate_proj"), ("ffn_up", "up_proj"), ("ffn_down", "down_proj")):
+        for target, weights in (
+            (f"blk.1.{place}_exps.weight", torch.stack([getattr(mlp.experts, str(e))[name].weight for e in range(4)])),
+            (f"blk.1.{place}_shexp.weight", getattr(mlp.shared_expert, name).weight),
+        ):
+            kind, found = tensors[target]
+            assert kind == ("Q4_1" if to == "gguf" else "F16") and found.shape == weights.shape
+            found = torch.from_numpy(np.array(found, dtype=np.float32))
+            torch.testing.assert_close(found, weights.data, rtol=0, atol=float(weights.abs().max()) * 2**-10)
+    for target, weight in (
+        ("blk.1.ffn_gate_inp.weight", mlp.gate.weight),
+        ("blk.1.ffn_gate_inp_shexp.weight", mlp.shared_expert_gate.weight[0]),
+    ):
+        assert tensors[target][0] == "F32" and np.array_equal(tensors[target][1], weight.detach().numpy())
+    told = {
+        "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 64,
+        "expert_shared_feed_forward_length": 128,
+    }  # fmt: skip
+    assert {name: fields[f"qwen2moe.{name}"] for name in told} == told
+
+
+def test_windows(tmp_path):
+    """Where llama.cpp has them, they are told; elsewhere the context is no longer."""
+    _, fields = opened(
+        export_checkpoint(quantized(tiny_config("gemma3_text"), tmp_path / "a"), tmp_path / "x", "gguf").out
+    )
+    told = {
+        "attention.sliding_window": 8, "attention.sliding_window_pattern": [True, False], "context_length": 256,
+        "rope.freq_base": 1000, "rope.freq_base_swa": 10000, "rope.scaling.type": "linear", "rope.scaling.factor": 4,
+    }  # fmt: skip
+    assert {name: fields[f"gemma3.{name}"] for name in told} == told
+    _, fields = opened(export_checkpoint(quantized(tiny_config("mistral"), tmp_path / "b"), tmp_path / "y", "gguf").out)
+    assert fields["llama.context_length"] == 128 and "llama.attention.sliding_window" not in fields
+
+
 def test_refusals(tmp_path, llama_config, tiny_options, quantized_llama, monkeypatch, one_line):
     from transformers import OPTConfig
 
@@ -218,6 +316,12 @@ def test_refusals(tmp_path, llama_config, tiny_options, quantized_llama, monkeyp
     one_line(refusal(quantized(OPTConfig(**options, word_embed_proj_dim=64), tmp_path / "opt")), "opt", "scaled-fp16")
     other = llama_config(vocab_size=4096, num_hidden_layers=1, hidden_act="gelu")
     one_line(refusal(quantized(other, tmp_path / "gelu")), "gelu")
+    # What llama.cpp has built in, and this model has otherwise.
+    one_line(refusal(quantized(tiny_config("qwen3_moe", norm_topk_prob=False), tmp_path / "sum")), "norm_topk_prob")
+    one_line(refusal(quantized(tiny_config("gemma2", query_pre_attn_scalar=7), tmp_path / "scale")), "32", "7")
+    one_line(refusal(quantized(tiny_config("qwen2", **HALF), tmp_path / "half")), "part of each")
+    folder = quantized(tiny_config("olmoe"), tmp_path / "some", modules_to_not_convert=("layers.1.mlp.experts.2",))
+    one_line(refusal(folder), "blk.1.ffn_", "some experts")
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     other = llama_config(vocab_size=4096, num_hidden_layers=1, rope_parameters=rope)
     one_line(refusal(quantized(other, tmp_path / "rope")), "dynamic")
@@ -233,6 +337,27 @@ def test_refusals(tmp_path, llama_config, tiny_options, quantized_llama, monkeyp
 def test_rows_change_places_and_back():
     weight = torch.arange(48)
     assert torch.equal(weight[paired_rows(3, 48)], meta_order(weight, 3))
+
+
+def test_joined_rows_are_taken_apart():
+    """Six query heads of width 2, three for each of two key heads."""
+    names = [
+        f"{part}{i}"
+        for g in (0, 1)
+        for part in (f"q{3 * g}", f"q{3 * g + 1}", f"q{3 * g + 2}", f"k{g}", f"v{g}")
+        for i in "ab"
+    ]
+    found = [names[row] for row in grouped_rows(6, 2, 20)]
+    assert found == [f"q{head}{i}" for head in range(6) for i in "ab"] + [
+        "k0a",
+        "k0b",
+        "k1a",
+        "k1b",
+        "v0a",
+        "v0b",
+        "v1a",
+        "v1b",
+    ]
 
 
 def test_rope_factors_are_transformers(llama_config):
@@ -428,59 +553,9 @@ def test_llama_cpp_cuts_text_the_same(quantized_pycoder, exported, sentencepiece
             assert theirs.tokenize(text.encode(), special=True) == tokenizer(text).input_ids, text
 
 
-ROPE3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-         "original_max_position_embeddings": 64}  # fmt: skip
-MOE = {"num_experts": 4, "num_experts_per_tok": 2}
-WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-HALF = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
-BASES = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
-}
-MULTIPLIERS = {
-    "embedding_multiplier": 3.0,
-    "residual_multiplier": 0.5,
-    "attention_multiplier": 0.2,
-    "logits_scaling": 2.0,
-}
-# What a tiny model of an architecture has more than the others, so that what is special about it shows.
-SPECIAL = {
-    "llama": {"attention_bias": True, "rope_parameters": ROPE3},
-    "mistral": {"head_dim": 32},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3": {"head_dim": 32},
-    "qwen2_moe": {**MOE, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 128},
-    "qwen3_moe": {**MOE, "moe_intermediate_size": 64, "head_dim": 32, "norm_topk_prob": True},
-    "olmo": {"clip_qkv": 0.5},
-    "olmo3": {**WINDOW, "rope_parameters": {**BASES, "full_attention": BASES["sliding_attention"]}},
-    "olmoe": MOE,
-    "gemma": {"head_dim": 32},
-    "gemma2": {**WINDOW, "head_dim": 32, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0,
-               "final_logit_softcapping": 3.0},
-    "gemma3_text": {**WINDOW, "head_dim": 32, "query_pre_attn_scalar": 32, "rope_parameters": BASES},
-    "granite": MULTIPLIERS,
-    "phi": HALF,
-    "phi3": {**HALF, "pad_token_id": 0},
-    "stablelm": {**HALF, "use_qkv_bias": True},
-    "cohere": {"logit_scale": 0.5},
-    "cohere2": {**WINDOW, "logit_scale": 0.5, "head_dim": 16},
-    "glm4": {**HALF, "head_dim": 32},
-    "gpt_neox": {**HALF, "use_parallel_residual": True},
-    "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True, "ffn_hidden_size": 96},
-    "nemotron": {**HALF, "head_dim": 16},
-    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
-    "smollm3": {"num_hidden_layers": 4, "pad_token_id": 0},
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", sorted(KNOWN))
-def test_llama_cpp_knows_the_architecture(name, tiny_options, llama, tmp_path):
-    from transformers import AutoConfig
-
-    options = {**tiny_options, "vocab_size": 4096, "max_position_embeddings": 256, **SPECIAL.get(name, {})}
-    config = AutoConfig.for_model(name, **options)
-    assert known(config).name
-    folder = quantized(config, tmp_path)
+def test_llama_cpp_knows_the_architecture(name, llama, tmp_path):
+    folder = quantized(tiny_config(name), tmp_path)
     ids = torch.randint(0, 4096, (24,), generator=torch.Generator().manual_seed(0)).tolist()
     logits, _ = run(llama(export_checkpoint(folder, tmp_path / "x", "gguf-fp16").out), ids)
     with torch.no_grad():
