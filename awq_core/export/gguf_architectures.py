@@ -8,14 +8,17 @@ of llama.cpp, which would compute something else without a word.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from awq_core.errors import CheckpointError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+Keys = Mapping[str, str | Callable[[Any], Any]]
+
+
+@dataclass(frozen=True, slots=True)
 class Known:
     """An architecture of llama.cpp.
 
@@ -28,7 +31,8 @@ class Known:
         norm_offset: what is added to the weights of norms: 1 where the model multiplies by 1 + weight.
         eps: the field with what norms add to the variance, or that number; "rms_norm_eps" of RMS norms only.
         act: the activation it has built in.
-        keys: more fields of the configuration, and the method of `gguf.GGUFWriter` that takes each; None is left out.
+        keys: more that a file must tell: a method of `gguf.GGUFWriter`, and the field of the configuration that it
+            takes, or a function of that; None is left out.
         fixed: fields it knows one value of, or a function of the configuration that gives the value.
     """
 
@@ -40,31 +44,12 @@ class Known:
     norm_offset: float = 0.0
     eps: str | float = "rms_norm_eps"
     act: tuple[str, ...] = ("silu", "swish")
-    keys: Mapping[str, str] = field(default_factory=dict)
+    keys: Keys = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
-GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
-# llama.cpp has the tanh form only; these were trained with the other, from which it differs by less than 0.0005.
-GELU_TOO = (*GELU, "gelu")
-GRANITE = {
-    "embedding_multiplier": "add_embedding_scale",
-    "residual_multiplier": "add_residual_scale",
-    "attention_multiplier": "add_attention_scale",
-    "logits_scaling": "add_logit_scale",
-}
-EXPERTS = {"num_experts": "add_expert_count", "num_experts_per_tok": "add_expert_used_count"}
-EXPERT_WIDTH = {"moe_intermediate_size": "add_expert_feed_forward_length"}
-SHARED_WIDTH = {"shared_expert_intermediate_size": "add_expert_shared_feed_forward_length"}
-ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
-SOFTCAPS = {
-    "attn_logit_softcapping": "add_attn_logit_softcapping",
-    "final_logit_softcapping": "add_final_logit_softcapping",
-}
-
-
 def _gemma_scale(config: Any) -> int:
-    """Gemma's queries are divided by the root of this; llama.cpp knows the largest model by its depth."""
+    """Gemma divides queries by the root of this; llama.cpp knows the largest model by its depth."""
     largest = config.num_hidden_layers == {"gemma2": 46, "gemma3_text": 62}[config.model_type]
     return int(config.hidden_size // config.num_attention_heads if largest else config.head_dim)
 
@@ -73,60 +58,108 @@ def _one_in_four(config: Any) -> list[int]:
     return [int((layer + 1) % 4 != 0) for layer in range(config.num_hidden_layers)]
 
 
+def _last_layer(config: Any) -> tuple[int, int]:
+    return -1, config.num_hidden_layers - 1
+
+
+def _shared_width(config: Any) -> int:
+    return int(config.moe_num_shared_experts * config.moe_intermediate_size)
+
+
+GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+# llama.cpp has the tanh form only; these were trained with the other, from which it differs by less than 0.0005.
+GELU_TOO = (*GELU, "gelu")
+LOGITS = {"add_logit_scale": "logit_scale"}
+GRANITE = {
+    "add_embedding_scale": "embedding_multiplier",
+    "add_residual_scale": "residual_multiplier",
+    "add_attention_scale": "attention_multiplier",
+    "add_logit_scale": "logits_scaling",
+}
+SOFTCAP = {"add_final_logit_softcapping": "final_logit_softcapping"}
+SOFTCAPS = {**SOFTCAP, "add_attn_logit_softcapping": "attn_logit_softcapping"}
+EXPERTS = {"add_expert_count": "num_experts", "add_expert_used_count": "num_experts_per_tok"}
+WIDE_EXPERTS = {**EXPERTS, "add_expert_feed_forward_length": "moe_intermediate_size"}
+LOCAL_EXPERTS = {**EXPERTS, "add_expert_count": "num_local_experts"}
+QWEN2_EXPERTS = {**WIDE_EXPERTS, "add_expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
+GLM_EXPERTS = {
+    **WIDE_EXPERTS,
+    "add_expert_count": "n_routed_experts",
+    "add_expert_shared_count": "n_shared_experts",
+    "add_leading_dense_block_count": "first_k_dense_replace",
+    "add_expert_weights_scale": "routed_scaling_factor",
+    "add_expert_weights_norm": "norm_topk_prob",
+}
+ERNIE_EXPERTS: Keys = {
+    "add_expert_count": "moe_num_experts",
+    "add_expert_used_count": "moe_k",
+    "add_expert_feed_forward_length": "moe_intermediate_size",
+    "add_expert_shared_count": "moe_num_shared_experts",
+    "add_expert_shared_feed_forward_length": _shared_width,
+    "add_leading_dense_block_count": "moe_layer_start_index",
+    "add_interleave_moe_layer_step": "moe_layer_interval",
+}
+ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 GEMMA_FIXED = {"query_pre_attn_scalar": _gemma_scale, "use_bidirectional_attention": (None, False)}
-FALCON_FIXED = {"alibi": False, "parallel_attn": True, "bias": False}
-GPT2_FIXED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+GPT_FIXED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": (None, False), "add_cross_attention": False}
 
 KNOWN = {
-    "llama": Known(name="llama", paired=True),
-    "mistral": Known(name="llama", paired=True),
-    "mixtral": Known(name="llama", paired=True, keys={**EXPERTS, "num_local_experts": "add_expert_count"}),
-    "granite": Known(name="granite", paired=True, keys=GRANITE),
-    "qwen2": Known(name="qwen2"),
-    "qwen3": Known(name="qwen3"),
-    "qwen2_moe": Known(
-        name="qwen2moe",
-        keys={**EXPERTS, **EXPERT_WIDTH, **SHARED_WIDTH},
-        fixed={**ALL_SPARSE, "norm_topk_prob": False},
-    ),
-    "qwen3_moe": Known(name="qwen3moe", keys={**EXPERTS, **EXPERT_WIDTH}, fixed={**ALL_SPARSE, "norm_topk_prob": True}),
-    "olmo": Known(name="olmo", paired=True, eps=1e-5, keys={"clip_qkv": "add_clamp_kqv"}),
-    "olmo2": Known(name="olmo2"),
-    "olmo3": Known(name="olmo2", windows=True),
-    "olmoe": Known(name="olmoe", keys=EXPERTS, fixed={"norm_topk_prob": False, "clip_qkv": None}),
-    "gemma": Known(name="gemma", norm_offset=1.0, act=GELU),
-    "gemma2": Known(name="gemma2", norm_offset=1.0, act=GELU, windows=True, keys=SOFTCAPS, fixed=GEMMA_FIXED),
+    "llama": Known("llama", paired=True),
+    "smollm3": Known("smollm3", paired=True, fixed={"no_rope_layers": _one_in_four}),
+    "mistral": Known("llama", paired=True),
+    "ministral": Known("llama", paired=True),
+    "mixtral": Known("llama", paired=True, keys=LOCAL_EXPERTS),
+    "qwen2": Known("qwen2"),
+    "qwen2_moe": Known("qwen2moe", keys=QWEN2_EXPERTS, fixed={**ALL_SPARSE, "norm_topk_prob": False}),
+    "qwen3": Known("qwen3"),
+    "qwen3_moe": Known("qwen3moe", keys=WIDE_EXPERTS, fixed={**ALL_SPARSE, "norm_topk_prob": True}),
+    "gemma": Known("gemma", norm_offset=1.0, act=GELU),
+    "gemma2": Known("gemma2", norm_offset=1.0, act=GELU, windows=True, keys=SOFTCAPS, fixed=GEMMA_FIXED),
     "gemma3_text": Known(
-        name="gemma3",
+        "gemma3",
         norm_offset=1.0,
         act=GELU,
         windows=True,
-        keys={"final_logit_softcapping": "add_final_logit_softcapping"},
+        keys=SOFTCAP,
         fixed={**GEMMA_FIXED, "attn_logit_softcapping": None},
     ),
-    "phi": Known(name="phi2", eps="layer_norm_eps", act=GELU, partial=True, fixed={"qk_layernorm": False}),
-    "phi3": Known(name="phi3", partial=True),
-    "starcoder2": Known(name="starcoder2", eps="norm_epsilon", act=GELU, fixed={"use_bias": True}),
-    "stablelm": Known(name="stablelm", eps="layer_norm_eps", partial=True, fixed={"qk_layernorm": False}),
-    "cohere": Known(
-        name="command-r", eps="layer_norm_eps", keys={"logit_scale": "add_logit_scale"}, fixed={"use_qk_norm": False}
+    "phi": Known("phi2", eps="layer_norm_eps", act=GELU, partial=True, fixed={"qk_layernorm": False}),
+    "phi3": Known("phi3", partial=True),
+    "olmo": Known("olmo", paired=True, eps=1e-5, keys={"add_clamp_kqv": "clip_qkv"}),
+    "olmo2": Known("olmo2"),
+    "olmo3": Known("olmo2", windows=True),
+    "olmoe": Known("olmoe", keys=EXPERTS, fixed={"norm_topk_prob": False, "clip_qkv": None}),
+    "granite": Known("granite", paired=True, keys=GRANITE),
+    "granitemoe": Known("granitemoe", paired=True, keys={**GRANITE, **LOCAL_EXPERTS}),
+    "cohere": Known("command-r", eps="layer_norm_eps", keys=LOGITS, fixed={"use_qk_norm": False}),
+    "cohere2": Known("cohere2", eps="layer_norm_eps", windows=True, keys=LOGITS),
+    "glm": Known("chatglm", partial=True),
+    "glm4": Known("glm4", partial=True),
+    "glm4_moe": Known("glm4moe", partial=True, keys=GLM_EXPERTS, fixed={"n_group": 1, "topk_group": 1}),
+    "ernie4_5": Known("ernie4_5"),
+    "ernie4_5_moe": Known("ernie4_5-moe", keys=ERNIE_EXPERTS, fixed={"moe_layer_end_index": _last_layer}),
+    "exaone4": Known("exaone4", fixed={"sliding_window": None}),
+    "nemotron": Known("nemotron", eps="norm_eps", act=("relu2",), norm_offset=1.0, partial=True),
+    "stablelm": Known("stablelm", eps="layer_norm_eps", partial=True, fixed={"qk_layernorm": False}),
+    "starcoder2": Known("starcoder2", eps="norm_epsilon", act=GELU, fixed={"use_bias": True}),
+    "falcon": Known(
+        "falcon",
+        eps="layer_norm_epsilon",
+        act=GELU_TOO,
+        grouped=True,
+        fixed={"alibi": False, "parallel_attn": True, "bias": False},
     ),
-    "cohere2": Known(name="cohere2", eps="layer_norm_eps", windows=True, keys={"logit_scale": "add_logit_scale"}),
-    "glm4": Known(name="glm4", partial=True),
-    "gpt2": Known(name="gpt2", eps="layer_norm_epsilon", act=GELU, fixed=GPT2_FIXED),
+    "gpt2": Known("gpt2", eps="layer_norm_epsilon", act=GELU, fixed=GPT_FIXED),
+    "gpt_bigcode": Known("starcoder", eps="layer_norm_epsilon", act=GELU, fixed={**GPT_FIXED, "multi_query": True}),
     "gpt_neox": Known(
-        name="gptneox",
+        "gptneox",
         eps="layer_norm_eps",
         act=GELU_TOO,
         grouped=True,
         partial=True,
-        keys={"use_parallel_residual": "add_parallel_residual"},
+        keys={"add_parallel_residual": "use_parallel_residual"},
         fixed={"attention_bias": True},
     ),
-    "falcon": Known(name="falcon", eps="layer_norm_epsilon", act=GELU_TOO, grouped=True, fixed=FALCON_FIXED),
-    "nemotron": Known(name="nemotron", eps="norm_eps", act=("relu2",), norm_offset=1.0, partial=True),
-    "exaone4": Known(name="exaone4", fixed={"sliding_window": None}),
-    "smollm3": Known(name="smollm3", paired=True, fixed={"no_rope_layers": _one_in_four}),
 }
 ACTS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 

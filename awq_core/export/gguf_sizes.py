@@ -37,9 +37,10 @@ def add_sizes(writer: Any, config: Any, arch: Known, vocabulary: int, *, packed:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     else:
         writer.add_layer_norm_eps(getattr(config, arch.eps) if isinstance(arch.eps, str) else arch.eps)
-    for key, method in arch.keys.items():
-        if getattr(config, key, None) is not None:
-            getattr(writer, method)(getattr(config, key))
+    for method, given in arch.keys.items():
+        value = getattr(config, given, None) if isinstance(given, str) else given(config)
+        if value is not None:
+            getattr(writer, method)(value)
     _add_rope(writer, config, arch)
     if arch.windows:
         writer.add_sliding_window(int(config.sliding_window or config.max_position_embeddings))

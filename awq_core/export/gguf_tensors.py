@@ -29,6 +29,7 @@ from awq_core.export.source import Source
 
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
+LAYER = re.compile(r"\.layers\.(\d+)\.")
 ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 # Buffers that older checkpoints hold.
 UNUSED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
@@ -70,7 +71,7 @@ def plan(source: Source, config: Any, arch: Known, *, packed: bool = True) -> li
     """
     place, order = _places(config, arch), _row_order(config, arch)
     found: dict[str, dict[int | None, Tensor]] = {}
-    for stored in _stored(source):
+    for stored in _stored(source, config):
         name, expert = stored.removesuffix(".weight"), EXPERT.search(stored)
         target = place(EXPERT.sub(".experts.", stored))
         if name in source.linears:
@@ -88,12 +89,15 @@ def plan(source: Source, config: Any, arch: Known, *, packed: bool = True) -> li
     return tensors
 
 
-def _stored(source: Source) -> list[str]:
+def _stored(source: Source, config: Any) -> list[str]:
     """Names of weights and biases, a quantized linear's weight as if it were one."""
     weights = [f"{name}.weight" for name in source.linears]
     for stored in source.reader.names:
         linear, _, part = stored.rpartition(".")
-        if not stored.endswith(UNUSED) and (linear not in source.linears or part == "bias"):
+        layer = LAYER.search(stored)
+        # Layers beyond the last predict further tokens; transformers has no place for them either.
+        unused = stored.endswith(UNUSED) or (layer is not None and int(layer[1]) >= config.num_hidden_layers)
+        if not unused and (linear not in source.linears or part == "bias"):
             weights.append(stored)
     return weights
 
@@ -106,6 +110,7 @@ def _places(config: Any, arch: Known) -> Callable[[str], str]:
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
 
     def place(stored: str) -> str:
+        stored = stored.replace("e_score_correction_bias", "e_score_correction.bias")
         # Some checkpoints were saved without the model's head, and lack its prefix.
         for prefix in ("", "transformer.", "model."):
             target: str | None = names.get_name(prefix + stored, try_suffixes=(".weight", ".bias"))

@@ -54,6 +54,14 @@ SPECIAL = {
                "final_logit_softcapping": 3.0},
     "gemma3_text": {**WINDOW, "head_dim": 32, "query_pre_attn_scalar": 32, "rope_parameters": BASES},
     "granite": MULTIPLIERS,
+    "granitemoe": {**MULTIPLIERS, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "glm": {**HALF, "head_dim": 32},
+    "glm4_moe": {**HALF, "head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+                 "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "use_qk_norm": True},
+    "ernie4_5": {"head_dim": 32},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 2,
+                     "moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1},
+    "ministral": {"head_dim": 32},
     "phi": HALF,
     "phi3": {**HALF, "pad_token_id": 0},
     "stablelm": {**HALF, "use_qkv_bias": True},
@@ -504,27 +512,63 @@ def test_llama_cpp_writes_the_same(quantized_pycoder, exported, llama):
     torch.testing.assert_close(logits, expected, rtol=0, atol=0.02 * float(expected.std()))
 
 
-def test_llama_cpp_with_the_codes(quantized_pycoder, exported, llama):
-    """For Q4_1 it rounds activations to 8 bits, 32 at a time. The error is that which the same rounding makes here."""
-    tokenizer = AutoTokenizer.from_pretrained(quantized_pycoder)
-    ids = tokenizer(TEXTS[1]).input_ids
-    logits, _ = run(llama(exported("gguf")), ids)
-    model = awq_core.load(quantized_pycoder, dtype="float32", fake_quant=True)
+@pytest.fixture(scope="module")
+def eight_bits(quantized_pycoder):
+    """The model as it is, and with the inputs of its linears rounded as llama.cpp does for Q4_1: to 8 bits, with one
+    step for 32 of them. Both give logits `[tokens, vocabulary]`."""
+    pytest.importorskip("llama_cpp")
+    exact, rounding = (awq_core.load(quantized_pycoder, dtype="float32", fake_quant=True) for _ in range(2))
 
     def rounded(_, args):
         blocks = args[0].unflatten(-1, (-1, 32))
         step = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 127
         return (((blocks / step).round() * step).flatten(-2),)
 
-    with torch.no_grad():
-        exact = model(torch.tensor([ids])).logits[0]
-        for layer in model.model.layers:
-            for module in layer.modules():
-                if isinstance(module, torch.nn.Linear):
-                    module.register_forward_pre_hook(rounded)
-        error = (model(torch.tensor([ids])).logits[0] - exact).pow(2).mean().sqrt()
+    for module in rounding.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(rounded)
+
+    def logits(model):
+        return lambda ids: model(torch.tensor([ids])).logits[0].detach()
+
+    return logits(exact), logits(rounding)
+
+
+def test_llama_cpp_with_the_codes(quantized_pycoder, exported, llama, eight_bits):
+    """For Q4_1 it rounds activations to 8 bits. The error is that which the same rounding makes here."""
+    ids = AutoTokenizer.from_pretrained(quantized_pycoder)(TEXTS[1]).input_ids
+    logits, _ = run(llama(exported("gguf")), ids)
+    exact, rounding = (model(ids) for model in eight_bits)
+    error = (rounding - exact).pow(2).mean().sqrt()
     assert (logits - exact).pow(2).mean().sqrt() < 1.5 * error
     assert (logits.argmax(-1) == exact.argmax(-1)).float().mean() > 0.9
+
+
+PROMPTS = (
+    *TEXTS[:2], "import os\nimport sys\n", "class Stack:\n    def __init__(self", "for line in open(path):\n",
+    "if __name__ == ", "    try:\n        value = int(text)\n    except ", "def add(a, b):\n    return", "# Copyright",
+    "with open(name, 'w') as file:\n    ",
+)  # fmt: skip
+
+
+def test_llama_cpp_writes_the_same_from_the_codes(quantized_pycoder, exported, llama, eight_bits):
+    """Greedy text is the torch model's, most of it to the end; where it turns, the two tokens were nearer than what
+    rounding to 8 bits moves the difference of two logits by."""
+    tokenizer, theirs = AutoTokenizer.from_pretrained(quantized_pycoder), llama(exported("gguf"))
+    ours = awq_core.load(quantized_pycoder, dtype="float32")
+    exact, rounding = eight_bits
+    same = 0
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt).input_ids
+        expected, (_, found) = expected_tokens(ours, ids, 32), run(theirs, ids, 32)
+        same += found == expected
+        if found != expected:
+            turn = next(place for place in range(32) if found[place] != expected[place])
+            before, after = (model(ids + expected[:turn])[-1] for model in (exact, rounding))
+            error = float((after - before).pow(2).mean().sqrt())
+            gap = float(before[expected[turn]] - before[found[turn]])
+            assert gap < 3 * 2**0.5 * error, (prompt, turn, gap, error)
+    assert same > len(PROMPTS) / 2
 
 
 def test_llama_cpp_with_a_quantized_head(tmp_path, llama_config, llama):
