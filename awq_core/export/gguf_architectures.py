@@ -14,7 +14,6 @@ from typing import Any
 
 from awq_core.errors import CheckpointError
 
-
 Keys = Mapping[str, str | Callable[[Any], Any]]
 
 
@@ -182,3 +181,8 @@ def known(config: Any) -> Known:
         if given not in (wanted if isinstance(wanted, tuple) else (wanted,)):
             raise CheckpointError(f"llama.cpp's {found.name} has {name} {wanted}, this model {given}", hint="--to onnx")
     return found
+
+
+def head_width(config: Any) -> int:
+    """Channels of an attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

@@ -1,5 +1,5 @@
-"""GGUF: one file for llama.cpp, with the model's sizes (`gguf_sizes`), its tokenizer (`gguf_tokenizer`), and its
-weights (`gguf_tensors`).
+"""GGUF: one file for llama.cpp, with the model's sizes (`gguf_sizes`, `gguf_rope`), its tokenizer (`gguf_tokenizer`),
+and its weights (`gguf_tensors`).
 
 Where matrices are multiplied out, llama.cpp's own quantizer can go on: scales and clips are in them. One tensor is in
 memory at a time; of a mixture, that is one projection of all of a layer's experts.
@@ -12,6 +12,7 @@ from pathlib import Path
 from awq_core.export.card import Card
 from awq_core.export.gguf_architectures import known
 from awq_core.export.gguf_blocks import Fidelity
+from awq_core.export.gguf_rope import add_rope
 from awq_core.export.gguf_sizes import add_sizes
 from awq_core.export.gguf_tensors import plan
 from awq_core.export.gguf_tokenizer import add_tokenizer
@@ -48,6 +49,7 @@ def write(source: Source, out: Path, to: str = "gguf") -> None:
         writer.add_name(source.folder.resolve().name)
         packed = any(tensor.kind == "Q4_1" for tensor in tensors)
         add_sizes(writer, config, arch, vocabulary, packed=packed)
+        add_rope(writer, config, arch)
         add_tokenizer(writer, source.folder, vocabulary, trust_remote_code=source.code)
         for tensor in tensors:
             # For a dtype the writer does not know, the type is what counts.

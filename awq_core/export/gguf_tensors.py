@@ -24,7 +24,8 @@ from awq_core.checkpoint.pack import dequantize
 from awq_core.errors import CheckpointError, NumericsError
 from awq_core.export.gguf_architectures import Known
 from awq_core.export.gguf_blocks import BLOCK, BYTES, Fidelity, fits, q4_1
-from awq_core.export.gguf_sizes import kv_heads, rope_factors
+from awq_core.export.gguf_rope import rope_divisors
+from awq_core.export.gguf_sizes import kv_heads
 from awq_core.export.source import Source
 
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -82,10 +83,8 @@ def plan(source: Source, config: Any, arch: Known, *, packed: bool = True) -> li
             tensor = _plain(source, stored, target, order, arch.norm_offset)
         found.setdefault(target, {})[int(expert[1]) if expert else None] = tensor
     tensors = [parts[None] if None in parts else _stack(parts) for parts in found.values()]
-    factors = rope_factors(config)
-    if factors is not None:
-        array = factors.numpy()
-        tensors.append(Tensor("rope_freqs.weight", array.shape, "F32", lambda: (array, Fidelity())))
+    for name, divisors in rope_divisors(config).items():
+        tensors.append(_computed(place(f"{name}.weight"), divisors))
     return tensors
 
 
@@ -189,6 +188,12 @@ def _plain(source: Source, stored: str, target: str, order: Order, norm_offset: 
         return _array(tensor.to(dtype).reshape(shape)), Fidelity()
 
     return Tensor(target, shape, TYPES[dtype], read)
+
+
+def _computed(target: str, tensor: torch.Tensor) -> Tensor:
+    """One that no checkpoint holds."""
+    array = tensor.numpy()
+    return Tensor(target, array.shape, "F32", lambda: (array, Fidelity()))
 
 
 def _stack(parts: dict[int | None, Tensor]) -> Tensor:

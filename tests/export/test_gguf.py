@@ -16,7 +16,7 @@ from awq_core.errors import CheckpointError, ConfigError, NumericsError
 from awq_core.export.formats import export_checkpoint
 from awq_core.export.gguf_architectures import KNOWN
 from awq_core.export.gguf_blocks import Fidelity, q4_1
-from awq_core.export.gguf_sizes import rope_factors
+from awq_core.export.gguf_rope import rope_divisors
 from awq_core.export.gguf_tensors import grouped_rows, paired_rows
 from awq_core.export.gguf_tokenizer import leading_space, pre, scores
 
@@ -376,8 +376,8 @@ def test_rope_factors_are_transformers(llama_config):
     config = llama_config(head_dim=128, rope_parameters=rope, max_position_embeddings=131072)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 500000.0 ** (-torch.arange(0, 128, 2) / 128)
-    torch.testing.assert_close(rope_factors(config), plain / scaled, rtol=1e-4, atol=1e-4)
-    assert rope_factors(llama_config()) is None
+    torch.testing.assert_close(rope_divisors(config)["rope.freqs"], plain / scaled, rtol=1e-4, atol=1e-4)
+    assert not rope_divisors(llama_config())
 
 
 # -- tokenizers -------------------------------------------------------------------------------------------------------
@@ -597,9 +597,32 @@ def test_llama_cpp_cuts_text_the_same(quantized_pycoder, exported, sentencepiece
             assert theirs.tokenize(text.encode(), special=True) == tokenizer(text).input_ids, text
 
 
-@pytest.mark.parametrize("name", sorted(KNOWN))
-def test_llama_cpp_knows_the_architecture(name, llama, tmp_path):
-    folder = quantized(tiny_config(name), tmp_path)
+OLD = {"original_max_position_embeddings": 16, "rope_theta": 10000.0}
+YARN = {**OLD, "rope_type": "yarn", "factor": 8.0, "attention_factor": 1.5, "beta_fast": 4.0}
+LONG = {**OLD, "rope_type": "longrope", "short_factor": [1.0, 2.0, 3.0, 4.0], "long_factor": [1.0, 3.0, 5.0, 9.0],
+        "partial_rotary_factor": 0.5}  # fmt: skip
+SHORT = {**LONG, "original_max_position_embeddings": 256}
+# Other forms of an architecture, beside its tiny model.
+FORMS = {
+    "falcon, one key head": ("falcon", {"new_decoder_architecture": False, "multi_query": True}),
+    "gpt_neox, one after another": ("gpt_neox", {"use_parallel_residual": False}),
+    "llama, linear": ("llama", {"rope_parameters": BASES["full_attention"]}),
+    "mixtral, tied": ("mixtral", {"tie_word_embeddings": True}),
+    "olmo3, yarn": ("olmo3", {"rope_parameters": {**BASES, "full_attention": YARN}}),
+    "phi3, long": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 16}),
+    "phi3, short": (
+        "phi3",
+        {"rope_parameters": SHORT, "original_max_position_embeddings": 256, "max_position_embeddings": 512},
+    ),
+    "qwen2, yarn": ("qwen2", {"rope_parameters": {**YARN, "attention_factor": None}}),
+    "stablelm, parallel": ("stablelm", {"use_parallel_residual": True}),
+}
+
+
+@pytest.mark.parametrize("form", [*sorted(KNOWN), *FORMS])
+def test_llama_cpp_knows_the_architecture(form, llama, tmp_path):
+    name, more = FORMS.get(form, (form, {}))
+    folder = quantized(tiny_config(name, **more), tmp_path)
     ids = torch.randint(0, 4096, (24,), generator=torch.Generator().manual_seed(0)).tolist()
     logits, _ = run(llama(export_checkpoint(folder, tmp_path / "x", "gguf-fp16").out), ids)
     with torch.no_grad():
