@@ -61,6 +61,14 @@ def _last_layer(config: Any) -> tuple[int, int]:
     return -1, config.num_hidden_layers - 1
 
 
+def _share(config: Any) -> tuple[None, int]:
+    return None, config.hidden_size // config.num_attention_heads
+
+
+def _heads(config: Any) -> int:
+    return int(config.num_attention_heads)
+
+
 def _shared_width(config: Any) -> int:
     return int(config.moe_num_shared_experts * config.moe_intermediate_size)
 
@@ -98,6 +106,8 @@ ERNIE_EXPERTS: Keys = {
     "add_leading_dense_block_count": "moe_layer_start_index",
     "add_interleave_moe_layer_step": "moe_layer_interval",
 }
+SQUARE = {"head_dim": _share}  # as many channels in all heads as outside
+UNTIED = {"tie_word_embeddings": False}
 ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 GEMMA_FIXED = {"query_pre_attn_scalar": _gemma_scale, "use_bidirectional_attention": (None, False)}
 GPT_FIXED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": (None, False), "add_cross_attention": False}
@@ -109,7 +119,7 @@ KNOWN = {
     "ministral": Known("llama", paired=True),
     "mixtral": Known("llama", paired=True, keys=LOCAL_EXPERTS),
     "qwen2": Known("qwen2"),
-    "qwen2_moe": Known("qwen2moe", keys=QWEN2_EXPERTS, fixed={**ALL_SPARSE, "norm_topk_prob": False}),
+    "qwen2_moe": Known("qwen2moe", keys=QWEN2_EXPERTS, fixed={**UNTIED, **ALL_SPARSE, "norm_topk_prob": False}),
     "qwen3": Known("qwen3"),
     "qwen3_moe": Known("qwen3moe", keys=WIDE_EXPERTS, fixed={**ALL_SPARSE, "norm_topk_prob": True}),
     "gemma": Known("gemma", norm_offset=1.0, act=GELU),
@@ -122,24 +132,32 @@ KNOWN = {
         keys=SOFTCAP,
         fixed={**GEMMA_FIXED, "attn_logit_softcapping": None},
     ),
-    "phi": Known("phi2", eps="layer_norm_eps", act=GELU, partial=True, fixed={"qk_layernorm": False}),
+    "phi": Known("phi2", eps="layer_norm_eps", act=GELU, partial=True, fixed={**UNTIED, "qk_layernorm": False}),
     "phi3": Known("phi3", partial=True),
     "olmo": Known("olmo", paired=True, eps=1e-5, keys={"add_clamp_kqv": "clip_qkv"}),
-    "olmo2": Known("olmo2"),
-    "olmo3": Known("olmo2", windows=True),
-    "olmoe": Known("olmoe", keys=EXPERTS, fixed={"norm_topk_prob": False, "clip_qkv": None}),
+    "olmo2": Known("olmo2", fixed=UNTIED),
+    "olmo3": Known("olmo2", windows=True, fixed=UNTIED),
+    "olmoe": Known(
+        "olmoe",
+        keys=EXPERTS,
+        fixed={**UNTIED, "num_key_value_heads": _heads, "norm_topk_prob": False, "clip_qkv": None},
+    ),
     "granite": Known("granite", paired=True, keys=GRANITE),
     "granitemoe": Known("granitemoe", paired=True, keys={**GRANITE, **LOCAL_EXPERTS}),
     "cohere": Known("command-r", eps="layer_norm_eps", keys=LOGITS, fixed={"use_qk_norm": False}),
-    "cohere2": Known("cohere2", eps="layer_norm_eps", windows=True, keys=LOGITS),
-    "glm": Known("chatglm", partial=True),
+    "cohere2": Known("cohere2", eps="layer_norm_eps", windows=True, keys=LOGITS, fixed=SQUARE),
+    "glm": Known("chatglm", partial=True, fixed=SQUARE),
     "glm4": Known("glm4", partial=True),
     "glm4_moe": Known("glm4moe", partial=True, keys=GLM_EXPERTS, fixed={"n_group": 1, "topk_group": 1}),
-    "ernie4_5": Known("ernie4_5"),
-    "ernie4_5_moe": Known("ernie4_5-moe", keys=ERNIE_EXPERTS, fixed={"moe_layer_end_index": _last_layer}),
-    "exaone4": Known("exaone4", fixed={"sliding_window": None}),
-    "nemotron": Known("nemotron", eps="norm_eps", act=("relu2",), norm_offset=1.0, partial=True),
-    "stablelm": Known("stablelm", eps="layer_norm_eps", partial=True, fixed={"qk_layernorm": False}),
+    "ernie4_5": Known("ernie4_5", fixed={"use_bias": False}),
+    "ernie4_5_moe": Known(
+        "ernie4_5-moe", keys=ERNIE_EXPERTS, fixed={"use_bias": False, "moe_layer_end_index": _last_layer}
+    ),
+    "exaone4": Known("exaone4", fixed={**SQUARE, "sliding_window": None}),
+    "nemotron": Known(
+        "nemotron", eps="norm_eps", act=("relu2",), norm_offset=1.0, partial=True, fixed={**SQUARE, **UNTIED}
+    ),
+    "stablelm": Known("stablelm", eps="layer_norm_eps", partial=True, fixed={**UNTIED, "qk_layernorm": False}),
     "starcoder2": Known("starcoder2", eps="norm_epsilon", act=GELU, fixed={"use_bias": True}),
     "falcon": Known(
         "falcon",
@@ -157,7 +175,7 @@ KNOWN = {
         grouped=True,
         partial=True,
         keys={"add_parallel_residual": "use_parallel_residual"},
-        fixed={"attention_bias": True},
+        fixed={**UNTIED, "attention_bias": True},
     ),
 }
 ACTS = ("hidden_act", "hidden_activation", "activation_function", "activation")

@@ -48,14 +48,14 @@ SPECIAL = {
     "qwen3_moe": {**MOE, "moe_intermediate_size": 64, "head_dim": 32, "norm_topk_prob": True},
     "olmo": {"clip_qkv": 0.5},
     "olmo3": {**WINDOW, "rope_parameters": {**BASES, "full_attention": BASES["sliding_attention"]}},
-    "olmoe": MOE,
+    "olmoe": {**MOE, "num_key_value_heads": 4},
     "gemma": {"head_dim": 32},
     "gemma2": {**WINDOW, "head_dim": 32, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0,
                "final_logit_softcapping": 3.0},
     "gemma3_text": {**WINDOW, "head_dim": 32, "query_pre_attn_scalar": 32, "rope_parameters": BASES},
     "granite": MULTIPLIERS,
     "granitemoe": {**MULTIPLIERS, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "glm": {**HALF, "head_dim": 32},
+    "glm": {**HALF, "head_dim": 16},
     "glm4_moe": {**HALF, "head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
                  "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "use_qk_norm": True},
     "ernie4_5": {"head_dim": 32},
@@ -68,7 +68,9 @@ SPECIAL = {
     "cohere": {"logit_scale": 0.5},
     "cohere2": {**WINDOW, "logit_scale": 0.5, "head_dim": 16},
     "glm4": {**HALF, "head_dim": 32},
-    "gpt_neox": {**HALF, "use_parallel_residual": True},
+    "gpt2": {"num_key_value_heads": 4, "n_inner": 96},
+    "gpt_bigcode": {"n_inner": 96},
+    "gpt_neox": {**HALF, "num_key_value_heads": 4, "use_parallel_residual": True},
     "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True, "ffn_hidden_size": 96},
     "nemotron": {**HALF, "head_dim": 16},
     "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
@@ -512,26 +514,30 @@ def test_llama_cpp_writes_the_same(quantized_pycoder, exported, llama):
     torch.testing.assert_close(logits, expected, rtol=0, atol=0.02 * float(expected.std()))
 
 
-@pytest.fixture(scope="module")
-def eight_bits(quantized_pycoder):
-    """The model as it is, and with the inputs of its linears rounded as llama.cpp does for Q4_1: to 8 bits, with one
-    step for 32 of them. Both give logits `[tokens, vocabulary]`."""
-    pytest.importorskip("llama_cpp")
-    exact, rounding = (awq_core.load(quantized_pycoder, dtype="float32", fake_quant=True) for _ in range(2))
+def logits_of(folder, rounding=False):
+    """logits_of(DIR)(ids): `[tokens, vocabulary]`.
+
+    Args:
+        rounding: round what quantized linears read as llama.cpp does for Q4_1: to 8 bits, with one step for 32 inputs.
+    """
+    model = awq_core.load(folder, dtype="float32", fake_quant=True)
 
     def rounded(_, args):
         blocks = args[0].unflatten(-1, (-1, 32))
         step = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 127
-        return (((blocks / step).round() * step).flatten(-2),)
+        return (((blocks / step).round() * step).flatten(-2), *args[1:])
 
-    for module in rounding.model.layers.modules():
-        if isinstance(module, torch.nn.Linear):
+    for name, module in model.model.layers.named_modules():
+        if rounding and isinstance(module, torch.nn.Linear) and not name.endswith("gate"):
             module.register_forward_pre_hook(rounded)
+    return torch.no_grad()(lambda ids: model(torch.tensor([ids])).logits[0])
 
-    def logits(model):
-        return lambda ids: model(torch.tensor([ids])).logits[0].detach()
 
-    return logits(exact), logits(rounding)
+@pytest.fixture(scope="module")
+def eight_bits(quantized_pycoder):
+    """The demo model as it is, and as llama.cpp computes it."""
+    pytest.importorskip("llama_cpp")
+    return logits_of(quantized_pycoder), logits_of(quantized_pycoder, rounding=True)
 
 
 def test_llama_cpp_with_the_codes(quantized_pycoder, exported, llama, eight_bits):
@@ -605,6 +611,7 @@ SHORT = {**LONG, "original_max_position_embeddings": 256}
 # Other forms of an architecture, beside its tiny model.
 FORMS = {
     "falcon, one key head": ("falcon", {"new_decoder_architecture": False, "multi_query": True}),
+    "glm4_moe, no norms of heads": ("glm4_moe", {"use_qk_norm": False}),
     "gpt_neox, one after another": ("gpt_neox", {"use_parallel_residual": False}),
     "llama, linear": ("llama", {"rope_parameters": BASES["full_attention"]}),
     "mixtral, tied": ("mixtral", {"tie_word_embeddings": True}),
@@ -628,3 +635,13 @@ def test_llama_cpp_knows_the_architecture(form, llama, tmp_path):
     with torch.no_grad():
         expected = awq_core.load(folder, dtype="float32")(torch.tensor([ids])).logits[0]
     torch.testing.assert_close(logits, expected, rtol=0, atol=0.03 * float(expected.std()))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_llama_cpp_with_the_codes_of_experts(name, llama, tmp_path):
+    folder = quantized(tiny_config(name), tmp_path)
+    ids = list(range(100, 120))
+    logits, _ = run(llama(export_checkpoint(folder, tmp_path / "x", "gguf").out), ids)
+    exact, rounding = logits_of(folder)(ids), logits_of(folder, rounding=True)(ids)
+    error = (rounding - exact).pow(2).mean().sqrt()
+    assert (logits - exact).pow(2).mean().sqrt() < 1.5 * error < 0.1 * exact.std()
