@@ -481,12 +481,13 @@ def llama(monkeypatch):
 
 
 def expected_tokens(model, ids, new):
-    ids = torch.tensor([ids])
-    start = ids.shape[1]
+    found, fresh, past = [], ids, None
     with torch.no_grad():
         for _ in range(new):
-            ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
-    return ids[0, start:].tolist()
+            step = model(torch.tensor([fresh]), past_key_values=past, use_cache=True)
+            fresh, past = [int(step.logits[0, -1].argmax())], step.past_key_values
+            found += fresh
+    return found
 
 
 def run(model, ids, new=0):
@@ -514,8 +515,8 @@ def test_llama_cpp_writes_the_same(quantized_pycoder, exported, llama):
     torch.testing.assert_close(logits, expected, rtol=0, atol=0.02 * float(expected.std()))
 
 
-def logits_of(folder, rounding=False):
-    """logits_of(DIR)(ids): `[tokens, vocabulary]`.
+def unpacked(folder, rounding=False):
+    """The model in float32.
 
     Args:
         rounding: round what quantized linears read as llama.cpp does for Q4_1: to 8 bits, with one step for 32 inputs.
@@ -530,21 +531,27 @@ def logits_of(folder, rounding=False):
     for name, module in model.model.layers.named_modules():
         if rounding and isinstance(module, torch.nn.Linear) and not name.endswith("gate"):
             module.register_forward_pre_hook(rounded)
-    return torch.no_grad()(lambda ids: model(torch.tensor([ids])).logits[0])
+    return model
+
+
+def logits_of(model, ids):
+    """`[tokens, vocabulary]`"""
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0]
 
 
 @pytest.fixture(scope="module")
 def eight_bits(quantized_pycoder):
     """The demo model as it is, and as llama.cpp computes it."""
     pytest.importorskip("llama_cpp")
-    return logits_of(quantized_pycoder), logits_of(quantized_pycoder, rounding=True)
+    return unpacked(quantized_pycoder), unpacked(quantized_pycoder, rounding=True)
 
 
 def test_llama_cpp_with_the_codes(quantized_pycoder, exported, llama, eight_bits):
     """For Q4_1 it rounds activations to 8 bits. The error is that which the same rounding makes here."""
     ids = AutoTokenizer.from_pretrained(quantized_pycoder)(TEXTS[1]).input_ids
     logits, _ = run(llama(exported("gguf")), ids)
-    exact, rounding = (model(ids) for model in eight_bits)
+    exact, rounding = (logits_of(model, ids) for model in eight_bits)
     error = (rounding - exact).pow(2).mean().sqrt()
     assert (logits - exact).pow(2).mean().sqrt() < 1.5 * error
     assert (logits.argmax(-1) == exact.argmax(-1)).float().mean() > 0.9
@@ -561,16 +568,15 @@ def test_llama_cpp_writes_the_same_from_the_codes(quantized_pycoder, exported, l
     """Greedy text is the torch model's, most of it to the end; where it turns, the two tokens were nearer than what
     rounding to 8 bits moves the difference of two logits by."""
     tokenizer, theirs = AutoTokenizer.from_pretrained(quantized_pycoder), llama(exported("gguf"))
-    ours = awq_core.load(quantized_pycoder, dtype="float32")
     exact, rounding = eight_bits
     same = 0
     for prompt in PROMPTS:
         ids = tokenizer(prompt).input_ids
-        expected, (_, found) = expected_tokens(ours, ids, 32), run(theirs, ids, 32)
+        expected, (_, found) = expected_tokens(exact, ids, 32), run(theirs, ids, 32)
         same += found == expected
         if found != expected:
             turn = next(place for place in range(32) if found[place] != expected[place])
-            before, after = (model(ids + expected[:turn])[-1] for model in (exact, rounding))
+            before, after = (logits_of(model, ids + expected[:turn])[-1] for model in (exact, rounding))
             error = float((after - before).pow(2).mean().sqrt())
             gap = float(before[expected[turn]] - before[found[turn]])
             assert gap < 3 * 2**0.5 * error, (prompt, turn, gap, error)
@@ -642,6 +648,6 @@ def test_llama_cpp_with_the_codes_of_experts(name, llama, tmp_path):
     folder = quantized(tiny_config(name), tmp_path)
     ids = list(range(100, 120))
     logits, _ = run(llama(export_checkpoint(folder, tmp_path / "x", "gguf").out), ids)
-    exact, rounding = logits_of(folder)(ids), logits_of(folder, rounding=True)(ids)
+    exact, rounding = (logits_of(unpacked(folder, rounding), ids) for rounding in (False, True))
     error = (rounding - exact).pow(2).mean().sqrt()
     assert (logits - exact).pow(2).mean().sqrt() < 1.5 * error < 0.1 * exact.std()
