@@ -69,6 +69,16 @@ def _heads(config: Any) -> int:
     return int(config.num_attention_heads)
 
 
+def _query_rank(config: Any) -> int:
+    return int(config.q_lora_rank or 0)
+
+
+def _sigmoid(config: Any) -> Any:
+    import gguf
+
+    return gguf.ExpertGatingFuncType.SIGMOID
+
+
 def _shared_width(config: Any) -> int:
     return int(config.moe_num_shared_experts * config.moe_intermediate_size)
 
@@ -96,6 +106,14 @@ GLM_EXPERTS = {
     "add_leading_dense_block_count": "first_k_dense_replace",
     "add_expert_weights_scale": "routed_scaling_factor",
     "add_expert_weights_norm": "norm_topk_prob",
+}
+# llama.cpp takes latent attention as it is stored, too, if it is not told the widths of heads that it would split.
+DEEPSEEK: Keys = {**GLM_EXPERTS, "add_q_lora_rank": _query_rank, "add_kv_lora_rank": "kv_lora_rank"}
+DEEPSEEK3: Keys = {
+    **DEEPSEEK,
+    "add_expert_gating_func": _sigmoid,
+    "add_expert_group_count": "n_group",
+    "add_expert_group_used_count": "topk_group",
 }
 ERNIE_EXPERTS: Keys = {
     "add_expert_count": "moe_num_experts",
@@ -149,6 +167,10 @@ KNOWN = {
     "glm": Known("chatglm", partial=True, fixed=SQUARE),
     "glm4": Known("glm4", partial=True),
     "glm4_moe": Known("glm4moe", partial=True, keys=GLM_EXPERTS, fixed={"n_group": 1, "topk_group": 1}),
+    "deepseek_v2": Known(
+        "deepseek2", partial=True, keys=DEEPSEEK, fixed={"topk_method": "greedy", "norm_topk_prob": False}
+    ),
+    "deepseek_v3": Known("deepseek2", partial=True, keys=DEEPSEEK3, fixed={"rope_interleave": True}),
     "ernie4_5": Known("ernie4_5", fixed={"use_bias": False}),
     "ernie4_5_moe": Known(
         "ernie4_5-moe", keys=ERNIE_EXPERTS, fixed={"use_bias": False, "moe_layer_end_index": _last_layer}
@@ -202,5 +224,6 @@ def known(config: Any) -> Known:
 
 
 def head_width(config: Any) -> int:
-    """Channels of an attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    """Channels of a query."""
+    given = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
+    return int(given or config.hidden_size // config.num_attention_heads)

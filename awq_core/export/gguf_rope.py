@@ -48,8 +48,7 @@ def add_rope(writer: Any, config: Any, arch: Known) -> None:
         writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
         writer.add_rope_scaling_attn_factors(_attention_factor(config, rope))
     if kind == "yarn":
-        writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32))
-        writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1))
+        _add_yarn(writer, rope, latent="add_kv_lora_rank" in arch.keys)
     if arch.windows:
         inside = _rope(config, "sliding_attention") or rope
         if inside["rope_type"] != "default" and "sliding_attention" in config.rope_parameters:
@@ -58,6 +57,19 @@ def add_rope(writer: Any, config: Any, arch: Known) -> None:
                 hint="--to scaled-fp16",
             )
         writer.add_rope_freq_base_swa(float(inside["rope_theta"]))
+
+
+def _add_yarn(writer: Any, rope: dict[str, Any], *, latent: bool) -> None:
+    """With latent attention, queries and keys are multiplied before the rotation: `mscale_all_dim` says by how much,
+    and llama.cpp takes `mscale`, which is for the rotated part, to be the same."""
+    inside, over_all = float(rope.get("mscale") or 0), float(rope.get("mscale_all_dim") or 0)
+    fits = inside == over_all > 0 and rope.get("attention_factor") is None
+    if not rope.get("truncate", True) or not (fits if latent else not (inside or over_all)):
+        raise CheckpointError("--to gguf does not know this form of yarn", hint="--to scaled-fp16")
+    writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32))
+    writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1))
+    if latent:
+        writer.add_rope_scaling_yarn_log_mul(0.1 * over_all)
 
 
 def rope_divisors(config: Any) -> dict[str, torch.Tensor]:
@@ -91,6 +103,8 @@ def _attention_factor(config: Any, rope: dict[str, Any]) -> float:
 
 def _rotated(config: Any, rope: dict[str, Any]) -> int:
     """How many channels of a head are rotated."""
+    if getattr(config, "qk_rope_head_dim", None):
+        return int(config.qk_rope_head_dim)
     return int(head_width(config) * (rope.get("partial_rotary_factor") or 1.0))
 
 
@@ -106,12 +120,6 @@ def _rope(config: Any, layers: str = "full_attention") -> dict[str, Any] | None:
     rope = dict(given.get(layers, given))
     rope.setdefault("rope_theta", 10000.0)
     kind = rope.setdefault("rope_type", "default")
-    unknown = [key for key in ("mscale", "mscale_all_dim") if rope.get(key)] + ["truncate"] * (
-        not rope.get("truncate", True)
-    )
-    if kind not in KINDS or (kind == "yarn" and unknown):
-        raise CheckpointError(
-            f"--to gguf does not know the rotary embedding {kind!r}{''.join(f', {key}' for key in unknown)}",
-            hint="--to scaled-fp16",
-        )
+    if kind not in KINDS:
+        raise CheckpointError(f"--to gguf does not know the rotary embedding {kind!r}", hint="--to scaled-fp16")
     return rope

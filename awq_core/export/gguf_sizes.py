@@ -24,7 +24,7 @@ def add_sizes(writer: Any, config: Any, arch: Known, vocabulary: int, *, packed:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(kv_heads(config))
     writer.add_key_length(head_width(config))
-    writer.add_value_length(head_width(config))
+    writer.add_value_length(int(getattr(config, "v_head_dim", None) or head_width(config)))
     writer.add_vocab_size(vocabulary)
     if arch.eps == "rms_norm_eps":
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)

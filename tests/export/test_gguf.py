@@ -38,6 +38,11 @@ MULTIPLIERS = {
     "attention_multiplier": 0.2,
     "logits_scaling": 2.0,
 }
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+    "n_shared_experts": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
 # What a tiny model of an architecture has more than the others, so that what is special about it shows.
 SPECIAL = {
     "llama": {"attention_bias": True, "rope_parameters": ROPE3},
@@ -58,6 +63,8 @@ SPECIAL = {
     "glm": {**HALF, "head_dim": 16},
     "glm4_moe": {**HALF, "head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
                  "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "use_qk_norm": True},
+    "deepseek_v2": {**LATENT, "topk_method": "greedy", "routed_scaling_factor": 1.5},
+    "deepseek_v3": {**LATENT, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3},
     "ernie4_5": {"head_dim": 32},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 2,
                      "moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1},
@@ -611,11 +618,15 @@ def test_llama_cpp_cuts_text_the_same(quantized_pycoder, exported, sentencepiece
 
 OLD = {"original_max_position_embeddings": 16, "rope_theta": 10000.0}
 YARN = {**OLD, "rope_type": "yarn", "factor": 8.0, "attention_factor": 1.5, "beta_fast": 4.0}
+LATENT_YARN = {**YARN, "attention_factor": None}
 LONG = {**OLD, "rope_type": "longrope", "short_factor": [1.0, 2.0, 3.0, 4.0], "long_factor": [1.0, 3.0, 5.0, 9.0],
         "partial_rotary_factor": 0.5}  # fmt: skip
 SHORT = {**LONG, "original_max_position_embeddings": 256}
 # Other forms of an architecture, beside its tiny model.
 FORMS = {
+    "deepseek_v2, yarn": ("deepseek_v2", {"rope_parameters": {**LATENT_YARN, "mscale": 0.7, "mscale_all_dim": 0.7}}),
+    "deepseek_v3, yarn": ("deepseek_v3", {"rope_parameters": {**LATENT_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
+    "deepseek_v2, one query": ("deepseek_v2", {"q_lora_rank": None}),
     "falcon, one key head": ("falcon", {"new_decoder_architecture": False, "multi_query": True}),
     "glm4_moe, no norms of heads": ("glm4_moe", {"use_qk_norm": False}),
     "gpt_neox, one after another": ("gpt_neox", {"use_parallel_residual": False}),
