@@ -214,12 +214,16 @@ def known(config: Any) -> Known:
         )
     act = next((getattr(config, name) for name in ACTS if getattr(config, name, None)), None)
     if act not in found.act:
-        raise CheckpointError(f"llama.cpp's {found.name} computes {found.act[0]}, this model {act}", hint="--to onnx")
+        raise CheckpointError(
+            f"llama.cpp's {found.name} computes {found.act[0]}, this model {act}", hint="--to scaled-fp16"
+        )
     for name, value in found.fixed.items():
         wanted = value(config) if callable(value) else value
         given = getattr(config, name, None)
         if given not in (wanted if isinstance(wanted, tuple) else (wanted,)):
-            raise CheckpointError(f"llama.cpp's {found.name} has {name} {wanted}, this model {given}", hint="--to onnx")
+            raise CheckpointError(
+                f"llama.cpp's {found.name} has {name} {wanted}, this model {given}", hint="--to scaled-fp16"
+            )
     return found
 
 

@@ -76,13 +76,13 @@ def rope_divisors(config: Any) -> dict[str, torch.Tensor]:
     """What the frequencies are divided by, float32 `[rotated / 2]`, by the name that `gguf` knows the tensor by."""
     rope = _rope(config)
     if rope is not None and rope["rope_type"] == "llama3":
-        return {"rope.freqs": _llama3(rope, _rotated(config, rope))}
+        return {"rope.freqs": _by_wavelength(rope, _rotated(config, rope))}
     if rope is not None and rope["rope_type"] == "longrope":
         return {f"rope_factors_{kind}": torch.tensor(rope[f"{kind}_factor"]).float() for kind in ("long", "short")}
     return {}
 
 
-def _llama3(rope: dict[str, Any], width: int) -> torch.Tensor:
+def _by_wavelength(rope: dict[str, Any], width: int) -> torch.Tensor:
     """With wavelengths λ = 2π / frequency and the old context L: 1 where λ < L / high, `factor` where λ > L / low, and
     a straight line in L / λ between, of the frequency."""
     old, factor = rope["original_max_position_embeddings"], rope["factor"]

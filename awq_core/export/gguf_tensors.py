@@ -81,7 +81,10 @@ def plan(source: Source, config: Any, arch: Known, *, packed: bool = True) -> li
             continue
         else:
             tensor = _plain(source, stored, target, order, arch.norm_offset)
-        found.setdefault(target, {})[int(expert[1]) if expert else None] = tensor
+        parts, number = found.setdefault(target, {}), int(expert[1]) if expert else None
+        if number in parts:
+            raise CheckpointError(f"llama.cpp's {arch.name} has one place, {target}, for {stored} and another tensor")
+        parts[number] = tensor
     tensors = [parts[None] if None in parts else _stack(parts) for parts in found.values()]
     for name, divisors in rope_divisors(config).items():
         tensors.append(_computed(place(f"{name}.weight"), divisors))
@@ -115,7 +118,7 @@ def _places(config: Any, arch: Known) -> Callable[[str], str]:
             target: str | None = names.get_name(prefix + stored, try_suffixes=(".weight", ".bias"))
             if target is not None:
                 return target
-        raise CheckpointError(f"llama.cpp's {arch.name} has no place for {stored}", hint="--to onnx, or scaled-fp16")
+        raise CheckpointError(f"llama.cpp's {arch.name} has no place for {stored}", hint="--to scaled-fp16")
 
     return place
 
@@ -183,8 +186,9 @@ def _plain(source: Source, stored: str, target: str, order: Order, norm_offset: 
 
     def read() -> tuple[numpy.ndarray, Fidelity]:
         tensor = source.reader.tensor(stored)
-        tensor = tensor.t() if turned else tensor if rows is None else tensor[rows]
+        tensor = tensor.t() if turned else tensor
         tensor = tensor.float() + offset if offset else tensor
+        tensor = tensor if rows is None else tensor[rows]
         return _array(tensor.to(dtype).reshape(shape)), Fidelity()
 
     return Tensor(target, shape, TYPES[dtype], read)
@@ -207,7 +211,7 @@ def _stack(parts: dict[int | None, Tensor]) -> Tensor:
     if any((one.kind, one.shape) != (first.kind, first.shape) for one in experts):
         raise CheckpointError(
             f"some experts of {first.name} are quantized and others not, and llama.cpp has one tensor for all",
-            hint="--to onnx, or scaled-fp16",
+            hint="--to scaled-fp16",
         )
 
     def read() -> tuple[numpy.ndarray, Fidelity]:

@@ -198,6 +198,20 @@ def test_experts_are_stacked(mixture, tmp_path, to):
     assert {name: fields[f"qwen2moe.{name}"] for name in told} == told
 
 
+def test_a_matrix_that_lies_on_its_side(tmp_path):
+    """GPT-2 stores its linears with the inputs first; those that are not quantized too."""
+    folder = quantized(tiny_config("gpt2"), tmp_path, modules_to_not_convert=("mlp",))
+    tensors, _ = opened(export_checkpoint(folder, tmp_path / "x", "gguf").out)
+    block = awq_core.load(folder, fake_quant=True, dtype="float32").transformer.h[1]
+    for target, linear, shape in (("ffn_up", block.mlp.c_fc, (96, 64)), ("ffn_down", block.mlp.c_proj, (64, 96))):
+        kind, found = tensors[f"blk.1.{target}.weight"]
+        assert kind == "F32" and found.shape == shape
+        hidden = torch.randn(3, found.shape[1])
+        expected = hidden @ torch.from_numpy(np.array(found)).T + linear.bias
+        torch.testing.assert_close(linear(hidden), expected, rtol=0, atol=1e-5)
+    assert tensors["blk.1.attn_qkv.weight"][0] == "Q4_1"
+
+
 def test_windows(tmp_path):
     """Where llama.cpp has them, they are told; elsewhere the context is no longer."""
     _, fields = opened(
