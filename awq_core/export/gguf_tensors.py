@@ -31,7 +31,8 @@ from awq_core.export.source import Source
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 LAYER = re.compile(r"\.layers\.(\d+)\.")
-ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+# Beside norms: biases, and what chooses experts.
+EXACT = (".bias", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 # Buffers that older checkpoints hold.
 UNUSED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
@@ -177,11 +178,11 @@ def _plain(source: Source, stored: str, target: str, order: Order, norm_offset: 
     shape = source.reader.shape(stored)
     turned = stored.removesuffix(".weight") in source.sideways
     shape = shape[::-1] if turned else shape
-    router = target.endswith(ROUTERS)
-    dtype = torch.float32 if router or len(shape) == 1 else source.reader.dtype(stored)
+    exact = target.endswith(EXACT)
+    dtype = torch.float32 if exact or len(shape) == 1 else source.reader.dtype(stored)
     offset = norm_offset if target.endswith("norm.weight") else 0.0
     rows = order(target, shape[0])
-    if router and shape[0] == 1:  # of a single shared expert: a vector
+    if exact and shape[0] == 1:  # a vector, stored as a matrix of one row
         shape = shape[1:]
 
     def read() -> tuple[numpy.ndarray, Fidelity]:

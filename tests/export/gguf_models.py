@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 import awq_core
 
 ROOT = Path(__file__).parents[2]
@@ -102,11 +104,11 @@ def tiny_config(name, **more):
     return AutoConfig.for_model(name, **options)
 
 
-def quantized(config, folder, group_size=32, **more):
+def quantized(config, folder, group_size=32, dtype=torch.float32, **more):
     """A tiny model with the demo model's tokenizer."""
     from awq_core.testing import save_tiny
 
-    save_tiny(config, folder / "source")
+    save_tiny(config, folder / "source", dtype=dtype)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / "source" / name).write_bytes((ROOT / "examples" / "pycoder" / name).read_bytes())
     settings = awq_core.QuantConfig(group_size=group_size, scale=False, clip="none", **more)

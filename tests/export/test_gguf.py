@@ -198,6 +198,15 @@ def test_experts_are_stacked(mixture, tmp_path, to):
     assert {name: fields[f"qwen2moe.{name}"] for name in told} == told
 
 
+def test_what_chooses_experts_is_exact(tmp_path):
+    """ERNIE stores the bias of the choice as a matrix of one row, in the model's dtype, which llama.cpp cannot add."""
+    folder = quantized(tiny_config("ernie4_5_moe"), tmp_path, dtype=torch.bfloat16)
+    tensors, _ = opened(export_checkpoint(folder, tmp_path / "x", "gguf").out)
+    for target, shape in (("exp_probs_b.bias", (4,)), ("ffn_gate_inp.weight", (4, 64))):
+        assert tensors[f"blk.1.{target}"][0] == "F32" and tensors[f"blk.1.{target}"][1].shape == shape
+    assert tensors["output_norm.weight"][0] == "F32" and tensors["token_embd.weight"][0] == "BF16"
+
+
 def test_a_matrix_that_lies_on_its_side(tmp_path):
     """GPT-2 stores its linears with the inputs first; those that are not quantized too."""
     folder = quantized(tiny_config("gpt2"), tmp_path, modules_to_not_convert=("mlp",))

@@ -181,12 +181,13 @@ def test_ways_to_split(steps, llama, tmp_path):
 @pytest.mark.parametrize("form", [*sorted(KNOWN), *FORMS])
 def test_architectures(form, llama, tmp_path):
     name, more = FORMS.get(form, (form, {}))
-    folder = quantized(tiny_config(name, **more), tmp_path)
+    folder = quantized(tiny_config(name, **more), tmp_path, dtype=torch.bfloat16)
     ids = torch.randint(0, 4096, (24,), generator=torch.Generator().manual_seed(0)).tolist()
     logits, _ = run(llama(export_checkpoint(folder, tmp_path / "x", "gguf-fp16").out), ids)
     with torch.no_grad():
         expected = awq_core.load(folder, dtype="float32")(torch.tensor([ids])).logits[0]
     torch.testing.assert_close(logits, expected, rtol=0, atol=0.03 * float(expected.std()))
+    assert (logits - expected).pow(2).mean().sqrt() < 0.004 * expected.std()
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
