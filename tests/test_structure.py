@@ -70,6 +70,8 @@ FAMILIES = {
 FAMILIES.discard("clip")
 OTHERWISE_MEANT = {
     "awq_core.calibration.formats": {'"gpt"'},
+    "awq_core.export.gguf_rope": {'"llama3"'},  # a kind of rotary embedding
+    "awq_core.export.gguf_sizes": {"LlamaFileType"},
     "awq_core.hooks.presets": {"LLAMA_BLOCK"},
     "awq_core.scaffold.write": {"LLAMA_BLOCK", '"presets.LLAMA_BLOCK"'},
 }

@@ -24,6 +24,8 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _START = r"[^\r\n\p{L}\p{N}]?"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _MIXED = rf"{_START}{_UPPER}*{_LOWER}+%s|{_START}{_UPPER}+{_LOWER}*%s|"
+_PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+_MARKS = "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
 # How text is split, step by step -> llama.cpp's name of it: whole words win over merges, or merges alone count.
 PRE: dict[tuple[str, ...], tuple[str, str]] = {
     ("bytes",): ("gpt-2", "gpt-2"),
@@ -32,6 +34,7 @@ PRE: dict[tuple[str, ...], tuple[str, str]] = {
     (_CASES + _WORDS + r"\p{N}" + _REST,): ("qwen2", "qwen2"),
     (_MIXED % ("", "") + r"\p{N}" + _TAIL,): ("tekken", "tekken"),
     (_MIXED % (_CASES + "?", _CASES + "?") + r"\p{N}{1,3}" + _TAIL,): ("gpt-4o", "gpt-4o"),
+    (r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _PUNCTUATION + _MARKS): ("deepseek-v3", "deepseek-v3"),
 }
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPECIALS = {"bos": "add_bos_token_id", "eos": "add_eos_token_id", "unk": "add_unk_token_id", "pad": "add_pad_token_id"}

@@ -44,8 +44,9 @@ class Source:
     Attributes:
         raw: its config.json.
         linears: those quantized, name on disk -> name in the model.
+        shapes: `(out, in)` of those, by the name on disk.
         kept: those that are not, by both names.
-        sideways: quantized ones whose unquantized weight is `[in, out]` on disk.
+        sideways: linears whose unquantized weight is `[in, out]` on disk.
         lm_head: whether the output head is quantized.
         code: whether the model's own `*.py` are to be carried over.
         model: its module tree without weights, as it was when the model was quantized.
@@ -59,6 +60,7 @@ class Source:
     settings: Settings
     reader: CheckpointReader
     linears: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
     kept: tuple[str, ...]
     sideways: frozenset[str]
     lm_head: bool
@@ -134,6 +136,7 @@ def open_source(
             settings=settings,
             reader=reader,
             linears=linears,
+            shapes={name: tuple(model.get_submodule(path).weight.shape) for name, path in linears.items()},
             kept=tuple(_kept(model, stored, linears)),
             sideways=frozenset(stored[name].removesuffix(".weight") for name in transposed_names(model) & set(stored)),
             lm_head=any(model.get_submodule(path) is head for path in linears.values() if head is not None),

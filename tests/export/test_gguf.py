@@ -1,9 +1,7 @@
-"""GGUF: read back by the `gguf` package, which shares no code with the writer here but the file's layout; and run in
-llama.cpp where llama-cpp-python is installed."""
+"""GGUF: read back by the `gguf` package, which shares no code with the writer here but the file's layout."""
 
 import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +12,13 @@ import awq_core
 from awq_core.checkpoint.pack import dequantize, pack_linear
 from awq_core.errors import CheckpointError, ConfigError, NumericsError
 from awq_core.export.formats import export_checkpoint
-from awq_core.export.gguf_architectures import KNOWN, known, paired_rows, rope_factors
 from awq_core.export.gguf_blocks import Fidelity, q4_1
-from awq_core.export.gguf_tokenizer import leading_space, pre, scores
+from awq_core.export.gguf_rope import rope_divisors
+from awq_core.export.gguf_tensors import grouped_rows, paired_rows
+
+from .gguf_models import HALF, opened, quantized, tiny_config
 
 gguf = pytest.importorskip("gguf")
-ROOT = Path(__file__).parents[2]
-TEXTS = ("def read_json(path):\n", "import os\nclass  Foo:\n    '''x's   12345 é 日本 '''\n\n\n\treturn", " ", "WE'RE")
 
 
 def packed_linear(scale, zeros, rows=128, group=32, dtype=torch.float16):
@@ -73,27 +71,6 @@ def test_what_float16_cannot_hold(one_line):
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
-
-
-def opened(folder):
-    reader = gguf.GGUFReader(folder / "model.gguf")
-    return (
-        {one.name: (one.tensor_type.name, gguf.quants.dequantize(one.data, one.tensor_type)) for one in reader.tensors},
-        {name: field.contents() for name, field in reader.fields.items()},
-    )
-
-
-@pytest.fixture(scope="module")
-def exported(quantized_pycoder, tmp_path_factory):
-    """exported("gguf"): the folder of that export. Never change it."""
-    folder, made = tmp_path_factory.mktemp("gguf"), {}
-
-    def export(to):
-        if to not in made:
-            made[to] = export_checkpoint(quantized_pycoder, folder / to, to).out
-        return made[to]
-
-    return export
 
 
 def meta_order(weight, heads):
@@ -172,18 +149,6 @@ def test_the_folder(quantized_pycoder, exported):
     assert (made / "model.gguf").stat().st_size < 1.15 * (quantized_pycoder / "model.safetensors").stat().st_size
 
 
-def quantized(config, folder, group_size=32):
-    """A tiny model with the demo model's tokenizer."""
-    from awq_core.testing import save_tiny
-
-    save_tiny(config, folder / "source")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / "source" / name).write_bytes((ROOT / "examples" / "pycoder" / name).read_bytes())
-    settings = awq_core.QuantConfig(group_size=group_size, scale=False, clip="none")
-    awq_core.quantize(folder / "source", folder / "DIR", config=settings)
-    return folder / "DIR"
-
-
 def test_groups_that_are_no_blocks_are_multiplied_out(tmp_path, llama_config):
     folder = quantized(llama_config(vocab_size=4096, hidden_size=48, intermediate_size=80), tmp_path, group_size=-1)
     tensors, _ = opened(export_checkpoint(folder, tmp_path / "x", "gguf").out)
@@ -202,6 +167,74 @@ def test_another_layout_makes_the_same_file(quantized_pycoder, exported, tmp_pat
     assert ours == theirs
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A tiny Qwen 2 mixture of four experts and a shared one. Never change it."""
+    return quantized(tiny_config("qwen2_moe"), tmp_path_factory.mktemp("mixture"))
+
+
+@pytest.mark.parametrize("to", ["gguf", "gguf-fp16"])
+def test_experts_are_stacked(mixture, tmp_path, to):
+    tensors, fields = opened(export_checkpoint(mixture, tmp_path / "x", to).out)
+    mlp = awq_core.load(mixture, fake_quant=True, dtype="float32").model.layers[1].mlp
+    for place, name in (("ffn_gate", "gate_proj"), ("ffn_up", "up_proj"), ("ffn_down", "down_proj")):
+        for target, weights in (
+            (f"blk.1.{place}_exps.weight", torch.stack([getattr(mlp.experts, str(e))[name].weight for e in range(4)])),
+            (f"blk.1.{place}_shexp.weight", getattr(mlp.shared_expert, name).weight),
+        ):
+            kind, found = tensors[target]
+            assert kind == ("Q4_1" if to == "gguf" else "F16") and found.shape == weights.shape
+            found = torch.from_numpy(np.array(found, dtype=np.float32))
+            torch.testing.assert_close(found, weights.data, rtol=0, atol=float(weights.abs().max()) * 2**-10)
+    for target, weight in (
+        ("blk.1.ffn_gate_inp.weight", mlp.gate.weight),
+        ("blk.1.ffn_gate_inp_shexp.weight", mlp.shared_expert_gate.weight[0]),
+    ):
+        assert tensors[target][0] == "F32" and np.array_equal(tensors[target][1], weight.detach().numpy())
+    told = {
+        "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 64,
+        "expert_shared_feed_forward_length": 128,
+    }  # fmt: skip
+    assert {name: fields[f"qwen2moe.{name}"] for name in told} == told
+
+
+def test_what_chooses_experts_is_exact(tmp_path):
+    """ERNIE stores the bias of the choice as a matrix of one row, in the model's dtype, which llama.cpp cannot add."""
+    folder = quantized(tiny_config("ernie4_5_moe"), tmp_path, dtype=torch.bfloat16)
+    tensors, _ = opened(export_checkpoint(folder, tmp_path / "x", "gguf").out)
+    for target, shape in (("exp_probs_b.bias", (4,)), ("ffn_gate_inp.weight", (4, 64))):
+        assert tensors[f"blk.1.{target}"][0] == "F32" and tensors[f"blk.1.{target}"][1].shape == shape
+    assert tensors["output_norm.weight"][0] == "F32" and tensors["token_embd.weight"][0] == "BF16"
+
+
+def test_a_matrix_that_lies_on_its_side(tmp_path):
+    """GPT-2 stores its linears with the inputs first; those that are not quantized too."""
+    folder = quantized(tiny_config("gpt2"), tmp_path, modules_to_not_convert=("mlp",))
+    tensors, _ = opened(export_checkpoint(folder, tmp_path / "x", "gguf").out)
+    block = awq_core.load(folder, fake_quant=True, dtype="float32").transformer.h[1]
+    for target, linear, shape in (("ffn_up", block.mlp.c_fc, (96, 64)), ("ffn_down", block.mlp.c_proj, (64, 96))):
+        kind, found = tensors[f"blk.1.{target}.weight"]
+        assert kind == "F32" and found.shape == shape
+        hidden = torch.randn(3, found.shape[1])
+        expected = hidden @ torch.from_numpy(np.array(found)).T + linear.bias
+        torch.testing.assert_close(linear(hidden), expected, rtol=0, atol=1e-5)
+    assert tensors["blk.1.attn_qkv.weight"][0] == "Q4_1"
+
+
+def test_windows(tmp_path):
+    """Where llama.cpp has them, they are told; elsewhere the context is no longer."""
+    _, fields = opened(
+        export_checkpoint(quantized(tiny_config("gemma3_text"), tmp_path / "a"), tmp_path / "x", "gguf").out
+    )
+    told = {
+        "attention.sliding_window": 8, "attention.sliding_window_pattern": [True, False], "context_length": 256,
+        "rope.freq_base": 1000, "rope.freq_base_swa": 10000, "rope.scaling.type": "linear", "rope.scaling.factor": 4,
+    }  # fmt: skip
+    assert {name: fields[f"gemma3.{name}"] for name in told} == told
+    _, fields = opened(export_checkpoint(quantized(tiny_config("mistral"), tmp_path / "b"), tmp_path / "y", "gguf").out)
+    assert fields["llama.context_length"] == 128 and "llama.attention.sliding_window" not in fields
+
+
 def test_refusals(tmp_path, llama_config, tiny_options, quantized_llama, monkeypatch, one_line):
     from transformers import OPTConfig
 
@@ -216,6 +249,12 @@ def test_refusals(tmp_path, llama_config, tiny_options, quantized_llama, monkeyp
     one_line(refusal(quantized(OPTConfig(**options, word_embed_proj_dim=64), tmp_path / "opt")), "opt", "scaled-fp16")
     other = llama_config(vocab_size=4096, num_hidden_layers=1, hidden_act="gelu")
     one_line(refusal(quantized(other, tmp_path / "gelu")), "gelu")
+    # What llama.cpp has built in, and this model has otherwise.
+    one_line(refusal(quantized(tiny_config("qwen3_moe", norm_topk_prob=False), tmp_path / "sum")), "norm_topk_prob")
+    one_line(refusal(quantized(tiny_config("gemma2", query_pre_attn_scalar=7), tmp_path / "scale")), "32", "7")
+    one_line(refusal(quantized(tiny_config("qwen2", **HALF), tmp_path / "half")), "part of each")
+    folder = quantized(tiny_config("olmoe"), tmp_path / "some", modules_to_not_convert=("layers.1.mlp.experts.2",))
+    one_line(refusal(folder), "blk.1.ffn_", "some experts")
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     other = llama_config(vocab_size=4096, num_hidden_layers=1, rope_parameters=rope)
     one_line(refusal(quantized(other, tmp_path / "rope")), "dynamic")
@@ -233,6 +272,27 @@ def test_rows_change_places_and_back():
     assert torch.equal(weight[paired_rows(3, 48)], meta_order(weight, 3))
 
 
+def test_joined_rows_are_taken_apart():
+    """Six query heads of width 2, three for each of two key heads."""
+    names = [
+        f"{part}{i}"
+        for g in (0, 1)
+        for part in (f"q{3 * g}", f"q{3 * g + 1}", f"q{3 * g + 2}", f"k{g}", f"v{g}")
+        for i in "ab"
+    ]
+    found = [names[row] for row in grouped_rows(6, 2, 20)]
+    assert found == [f"q{head}{i}" for head in range(6) for i in "ab"] + [
+        "k0a",
+        "k0b",
+        "k1a",
+        "k1b",
+        "v0a",
+        "v0b",
+        "v1a",
+        "v1b",
+    ]
+
+
 def test_rope_factors_are_transformers(llama_config):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -241,217 +301,5 @@ def test_rope_factors_are_transformers(llama_config):
     config = llama_config(head_dim=128, rope_parameters=rope, max_position_embeddings=131072)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 500000.0 ** (-torch.arange(0, 128, 2) / 128)
-    torch.testing.assert_close(rope_factors(config), plain / scaled, rtol=1e-4, atol=1e-4)
-    assert rope_factors(llama_config()) is None
-
-
-# -- tokenizers -------------------------------------------------------------------------------------------------------
-
-
-def bytes_after(*patterns, normalizer=None, **model):
-    steps = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in patterns]
-    steps.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": not patterns})
-    return {"normalizer": normalizer, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": model}
-
-
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def test_names_of_patterns(one_line):
-    assert pre(bytes_after()) == "gpt-2"
-    assert pre(bytes_after(LLAMA3, ignore_merges=True)) == "llama-bpe"
-    assert pre(bytes_after(LLAMA3)) == "smaug-bpe"
-    assert pre(bytes_after(LLAMA3.replace("{1,3}", ""), normalizer={"type": "NFC"})) == "qwen2"
-    for other in (bytes_after("."), bytes_after(normalizer={"type": "Lowercase"})):
-        with pytest.raises(CheckpointError) as caught:
-            pre(other)
-        one_line(caught.value, "tokenizer")
-
-
-def test_scores_are_ranks():
-    assert scores(["a", "b", "ab", "abb"], [["a", "b"], "ab b"]) == [-2, -2, 0, -1]
-    space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
-    assert leading_space({"pre_tokenizer": space})
-    assert not leading_space({"pre_tokenizer": {**space, "prepend_scheme": "never"}})
-    assert leading_space({"normalizer": {"type": "Prepend", "prepend": "\u2581"}})
-
-
-def sentencepiece_like(folder):
-    """A tokenizer with byte fallback and every merge, as transformers makes it of sentencepiece's BPE."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    texts = (ROOT / "README.md").read_text().splitlines()
-    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, special_tokens=first, show_progress=False))
-    vocab = trained.get_vocab()
-    pieces = sorted(vocab, key=vocab.__getitem__)
-    merges = [(p[:i], p[i:]) for p in pieces[259:] for i in range(1, len(p)) if p[:i] in vocab and p[i:] in vocab]
-    made = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    space = "\u2581"
-    made.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
-    made.decoder = decoders.Sequence(
-        [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    made.add_special_tokens([AddedToken(token, normalized=False) for token in first[:3]])
-    tokens = PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=False
-    )
-    tokens.save_pretrained(folder)
-    return tokens
-
-
-@pytest.fixture(scope="module")
-def sentencepiece_folder(tmp_path_factory, llama_config):
-    folder = tmp_path_factory.mktemp("pieces")
-    made = quantized(llama_config(vocab_size=720, num_hidden_layers=1), folder)
-    sentencepiece_like(made)
-    return made
-
-
-def test_a_tokenizer_of_pieces(sentencepiece_folder, tmp_path):
-    _, fields = opened(export_checkpoint(sentencepiece_folder, tmp_path / "x", "gguf").out)
-    assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.add_space_prefix"]
-    kinds = fields["tokenizer.ggml.token_type"]
-    assert kinds[:4] == [2, 3, 3, 6] and kinds[258:261] == [6, 1, 1] and set(kinds[700:]) == {5}
-    assert len(fields["tokenizer.ggml.tokens"]) == 720
-    found = fields["tokenizer.ggml.scores"]
-    assert max(found[300:]) <= 0 and found[650] > found[699]
-
-
-# -- llama.cpp --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def llama(monkeypatch):
-    """llama("DIR", vocab_only=True): the file in llama.cpp, without its layouts for AMX, which crash in places."""
-    module = pytest.importorskip("llama_cpp")
-    defaults = module.llama_cpp.llama_model_default_params
-
-    def plain():
-        params = defaults()
-        params.use_extra_bufts = False
-        return params
-
-    monkeypatch.setattr(module.llama_cpp, "llama_model_default_params", plain)
-    options = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "logits_all": True, "verbose": False}
-    return lambda folder, **more: module.Llama(str(folder / "model.gguf"), **options, **more)
-
-
-def expected_tokens(model, ids, new):
-    ids = torch.tensor([ids])
-    start = ids.shape[1]
-    with torch.no_grad():
-        for _ in range(new):
-            ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
-    return ids[0, start:].tolist()
-
-
-def run(model, ids, new=0):
-    """Logits `[tokens, vocabulary]`, and greedy tokens."""
-    model.reset()
-    model.eval(ids)
-    logits, found = np.array(model.scores[: len(ids)]), []
-    for _ in range(new):
-        found.append(int(np.argmax(model.scores[model.n_tokens - 1])))
-        model.eval([found[-1]])
-    return torch.from_numpy(logits), found
-
-
-def test_llama_cpp_writes_the_same(quantized_pycoder, exported, llama):
-    tokenizer, ours = (
-        AutoTokenizer.from_pretrained(quantized_pycoder),
-        awq_core.load(quantized_pycoder, dtype="float32"),
-    )
-    theirs = llama(exported("gguf-fp16"))
-    ids = tokenizer(TEXTS[0]).input_ids
-    logits, tokens = run(theirs, ids, 40)
-    assert tokens == expected_tokens(ours, ids, 40)
-    with torch.no_grad():
-        expected = ours(torch.tensor([ids])).logits[0]
-    torch.testing.assert_close(logits, expected, rtol=0, atol=0.02 * float(expected.std()))
-
-
-def test_llama_cpp_with_the_codes(quantized_pycoder, exported, llama):
-    """For Q4_1 it rounds activations to 8 bits, 32 at a time. The error is that which the same rounding makes here."""
-    tokenizer = AutoTokenizer.from_pretrained(quantized_pycoder)
-    ids = tokenizer(TEXTS[1]).input_ids
-    logits, _ = run(llama(exported("gguf")), ids)
-    model = awq_core.load(quantized_pycoder, dtype="float32", fake_quant=True)
-
-    def rounded(_, args):
-        blocks = args[0].unflatten(-1, (-1, 32))
-        step = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 127
-        return (((blocks / step).round() * step).flatten(-2),)
-
-    with torch.no_grad():
-        exact = model(torch.tensor([ids])).logits[0]
-        for layer in model.model.layers:
-            for module in layer.modules():
-                if isinstance(module, torch.nn.Linear):
-                    module.register_forward_pre_hook(rounded)
-        error = (model(torch.tensor([ids])).logits[0] - exact).pow(2).mean().sqrt()
-    assert (logits - exact).pow(2).mean().sqrt() < 1.5 * error
-    assert (logits.argmax(-1) == exact.argmax(-1)).float().mean() > 0.9
-
-
-def test_llama_cpp_with_a_quantized_head(tmp_path, llama_config, llama):
-    """Of a model whose head was tied: the file has both."""
-    from awq_core.testing import save_tiny
-
-    save_tiny(llama_config(vocab_size=4096, tie_word_embeddings=True), tmp_path / "source")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "source" / name).write_bytes((ROOT / "examples" / "pycoder" / name).read_bytes())
-    settings = awq_core.QuantConfig(group_size=32, scale=False, clip="none", lm_head=True)
-    awq_core.quantize(tmp_path / "source", tmp_path / "DIR", config=settings)
-    made = export_checkpoint(tmp_path / "DIR", tmp_path / "x", "gguf-fp16").out
-    assert {"token_embd.weight", "output.weight"} <= set(opened(made)[0])
-    ids = list(range(100, 120))
-    logits, _ = run(llama(made), ids)
-    with torch.no_grad():
-        expected = awq_core.load(tmp_path / "DIR", dtype="float32")(torch.tensor([ids])).logits[0]
-    torch.testing.assert_close(logits, expected, rtol=0, atol=0.03 * float(expected.std()))
-
-
-def test_llama_cpp_cuts_text_the_same(quantized_pycoder, exported, sentencepiece_folder, llama, tmp_path):
-    pieces = export_checkpoint(sentencepiece_folder, tmp_path / "x", "gguf").out
-    for folder, made in ((quantized_pycoder, exported("gguf")), (sentencepiece_folder, pieces)):
-        tokenizer, theirs = AutoTokenizer.from_pretrained(folder), llama(made, vocab_only=True)
-        for text in TEXTS:
-            assert theirs.tokenize(text.encode(), special=True) == tokenizer(text).input_ids, text
-
-
-ROPE3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-         "original_max_position_embeddings": 64}  # fmt: skip
-SPECIAL = {
-    "llama": {"attention_bias": True, "rope_parameters": ROPE3},
-    "mistral": {"head_dim": 32},
-    "qwen3": {"head_dim": 32},
-    "gemma": {"head_dim": 32},
-    "granite": {
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.5,
-        "attention_multiplier": 0.2,
-        "logits_scaling": 2.0,
-    },
-}
-
-
-@pytest.mark.parametrize("name", sorted(KNOWN))
-def test_llama_cpp_knows_the_architecture(name, tiny_options, llama, tmp_path):
-    from transformers import AutoConfig
-
-    options = {**tiny_options, "vocab_size": 4096, "max_position_embeddings": 256, **SPECIAL.get(name, {})}
-    config = AutoConfig.for_model(name, **options)
-    assert known(config).name
-    folder = quantized(config, tmp_path)
-    ids = torch.randint(0, 4096, (24,), generator=torch.Generator().manual_seed(0)).tolist()
-    logits, _ = run(llama(export_checkpoint(folder, tmp_path / "x", "gguf-fp16").out), ids)
-    with torch.no_grad():
-        expected = awq_core.load(folder, dtype="float32")(torch.tensor([ids])).logits[0]
-    torch.testing.assert_close(logits, expected, rtol=0, atol=0.03 * float(expected.std()))
+    torch.testing.assert_close(rope_divisors(config)["rope.freqs"], plain / scaled, rtol=1e-4, atol=1e-4)
+    assert not rope_divisors(llama_config())
