@@ -131,3 +131,19 @@ def prefixes(kept: Iterable[str], quantized: Iterable[str]) -> list[str]:
         candidates = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
         found[next((prefix for prefix in candidates if prefix not in text), name)] = None
     return list(found)
+
+
+def without_model(kept: Iterable[str], quantized: Iterable[str]) -> list[str]:
+    """`kept`, and after "model.visual" also "visual", where that occurs in none of the names `quantized`.
+
+    Engines call a component of a model with several so: vLLM has "visual.blocks.0" for "model.visual.blocks.0", and a
+    rule of its own for names makes no "visual" of "model.visual".
+    """
+    text = "\n".join(quantized)
+    found: dict[str, None] = {}
+    for prefix in kept:
+        found[prefix] = None
+        parent, _, name = prefix.rpartition(".")
+        if parent == "model" and name not in text:
+            found[name] = None
+    return list(found)

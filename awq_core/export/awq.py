@@ -11,7 +11,7 @@ from awq_core.checkpoint.pack import PackedLinear
 from awq_core.export.card import Card
 from awq_core.export.source import Source
 from awq_core.export.writing import write_folder
-from awq_core.plan_types import prefixes
+from awq_core.plan_types import prefixes, without_model
 
 CARD = Card(
     title="AWQ 4-bit",
@@ -23,9 +23,10 @@ CARD = Card(
 
 def write(source: Source, out: Path, to: str = "awq") -> None:
     """Write `source` as AWQ gemm."""
+    quantized = {*source.linears, *source.linears.values()}
     section = quantization_config(
         group_size=source.settings.group_size,
-        modules_to_not_convert=prefixes(source.kept, {*source.linears, *source.linears.values()}),
+        modules_to_not_convert=without_model(prefixes(source.kept, quantized), quantized),
         lm_head=source.lm_head,
     )
     write_folder(source, out, tensors, section, CARD)
