@@ -102,7 +102,8 @@ class Plan:
         return done / total if total else 0.0
 
     def kept_prefixes(self) -> list[str]:
-        """Full module prefixes for `modules_to_not_convert`: whole kept blocks' parents, else single linears and routers.
+        """Full module prefixes for `modules_to_not_convert`: whole kept blocks' parents, else single
+        linears and routers.
 
         Engines look for them anywhere in a name, without regard for dots, so "layers.1" would also keep layers 10 to
         19: a prefix that occurs in the name of a quantized linear is made longer.
@@ -130,20 +131,4 @@ def prefixes(kept: Iterable[str], quantized: Iterable[str]) -> list[str]:
         parts = name.split(".")
         candidates = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
         found[next((prefix for prefix in candidates if prefix not in text), name)] = None
-    return list(found)
-
-
-def without_model(kept: Iterable[str], quantized: Iterable[str]) -> list[str]:
-    """`kept`, and after "model.visual" also "visual", where that occurs in none of the names `quantized`.
-
-    Engines call a component of a model with several so: vLLM has "visual.blocks.0" for "model.visual.blocks.0", and a
-    rule of its own for names makes no "visual" of "model.visual".
-    """
-    text = "\n".join(quantized)
-    found: dict[str, None] = {}
-    for prefix in kept:
-        found[prefix] = None
-        parent, _, name = prefix.rpartition(".")
-        if parent == "model" and name not in text:
-            found[name] = None
     return list(found)

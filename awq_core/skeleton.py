@@ -248,8 +248,8 @@ def set_parameter(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def matrices(model: nn.Module) -> list[str]:
-    """Paths of the modules with a `weight` of two axes that are no embedding. Beside the linears those are routers, which
-    are no `nn.Linear` in transformers, but are in engines."""
+    """Paths of the modules with a `weight` of two axes that are no embedding: linears, and routers, which are no
+    `nn.Linear` in transformers, but are in engines."""
     found = []
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")

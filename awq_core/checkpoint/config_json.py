@@ -6,9 +6,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from awq_core.checkpoint.engine_names import with_engine_names
 from awq_core.checkpoint.format import quantization_config
 from awq_core.output_head import untied
-from awq_core.plan_types import Plan, without_model
+from awq_core.plan_types import Plan
 
 
 def config_json(raw: dict[str, Any], typed: PretrainedConfig, plan: Plan, names: dict[str, str]) -> dict[str, Any]:
@@ -38,4 +39,4 @@ def _kept(plan: Plan, names: dict[str, str]) -> list[str]:
                     prefixes[on_disk.removesuffix(tail)] = None
                 break
         prefixes[prefix] = None
-    return without_model(prefixes, [*quantized, *stored])
+    return with_engine_names(prefixes, [*quantized, *stored])

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
+from awq_core.checkpoint.engine_names import with_engine_names
 from awq_core.checkpoint.format import quantization_config
 from awq_core.checkpoint.pack import PackedLinear
 from awq_core.export.card import Card
 from awq_core.export.source import Source
 from awq_core.export.writing import write_folder
-from awq_core.plan_types import prefixes, without_model
+from awq_core.plan_types import prefixes
 
 CARD = Card(
     title="AWQ 4-bit",
@@ -26,7 +27,7 @@ def write(source: Source, out: Path, to: str = "awq") -> None:
     quantized = {*source.linears, *source.linears.values()}
     section = quantization_config(
         group_size=source.settings.group_size,
-        modules_to_not_convert=without_model(prefixes(source.kept, quantized), quantized),
+        modules_to_not_convert=with_engine_names(prefixes(source.kept, quantized), quantized),
         lm_head=source.lm_head,
     )
     write_folder(source, out, tensors, section, CARD)

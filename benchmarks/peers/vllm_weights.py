@@ -6,6 +6,7 @@ of the checkpoint again: q, k and v, gate and up, expert by expert.
 """
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -14,6 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+os.environ |= {"VLLM_NO_USAGE_STATS": "1"}
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import torch
 from safetensors import safe_open
@@ -107,7 +111,7 @@ def logical_names(folder: str) -> set[str]:
     names: set[str] = set()
     for file in Path(folder).glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            names |= {re.sub(r"\.(qweight|qzeros|scales)$", ".weight", name) for name in tensors.keys()}
+            names |= {re.sub(r"\.(qweight|qzeros|scales)$", ".weight", name) for name in tensors.keys()}  # noqa: SIM118
     return names
 
 
