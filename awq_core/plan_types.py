@@ -70,6 +70,7 @@ class Plan:
         bytes_before, bytes_after: size of the weights, in bytes.
         peak_bytes: expected peak memory of quantization, in bytes.
         head: the output head; None where it is kept.
+        routers: modules with a matrix that are no `nn.Linear`; kept, and linears in engines.
     """
 
     model_type: str
@@ -86,6 +87,7 @@ class Plan:
     peak_bytes: int
     stacks: tuple[LayerStack, ...] = field(default=())
     head: HeadPlan | None = None
+    routers: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[LinearPlan, ...]:
@@ -100,13 +102,14 @@ class Plan:
         return done / total if total else 0.0
 
     def kept_prefixes(self) -> list[str]:
-        """Full module prefixes for `modules_to_not_convert`: whole kept blocks' parents, else single linears.
+        """Full module prefixes for `modules_to_not_convert`: whole kept blocks' parents, else single
+        linears and routers.
 
         Engines look for them anywhere in a name, without regard for dots, so "layers.1" would also keep layers 10 to
         19: a prefix that occurs in the name of a quantized linear is made longer.
         """
         quantized = {linear.name for linear in self.linears if linear.quantize}
-        return prefixes([linear.name for linear in self.linears if not linear.quantize], quantized)
+        return prefixes([*(linear.name for linear in self.linears if not linear.quantize), *self.routers], quantized)
 
     def unused_names(self) -> list[str]:
         """Entries of the configuration's `modules_to_not_convert` that occur in no linear's name."""

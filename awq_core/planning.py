@@ -21,6 +21,7 @@ from awq_core.output_head import head_name, plan_head, working_bytes
 from awq_core.passes import gram_bytes
 from awq_core.plan_types import BlockPlan, HeadPlan, LinearPlan, Plan
 from awq_core.scale_groups import Skip, expand, resolve_groups
+from awq_core.skeleton import matrices
 
 GIB = 1 << 30
 
@@ -81,6 +82,7 @@ def make_plan(
         peak_bytes=_peak_bytes(blocks, head, config, calibration_tokens if config.needs_calibration else 0, itemsize),
         stacks=stacks,
         head=head,
+        routers=tuple(name for name in matrices(model) if not isinstance(model.get_submodule(name), nn.Linear)),
     )
 
 

@@ -247,6 +247,17 @@ def set_parameter(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
+def matrices(model: nn.Module) -> list[str]:
+    """Paths of the modules with a `weight` of two axes that are no embedding: linears, and routers, which are no
+    `nn.Linear` in transformers, but are in engines."""
+    found = []
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+            found.append(path)
+    return found
+
+
 def transposed_names(model: nn.Module) -> frozenset[str]:
     """Weights that are `[in, out]` on disk and `[out, in]` in the model: of modules that say `stored_transposed`."""
     modules = model.named_modules(remove_duplicate=False)

@@ -1,55 +1,40 @@
-"""A checkpoint of this project in transformers itself, with gptqmodel, against `awq_core.load`: the same logits?
+"""A checkpoint of this project in transformers with gptqmodel, or in vLLM, against `awq_core.load`: the same numbers?
 
-    python benchmarks/engines.py                  the example model, quantized here
-    python benchmarks/engines.py MODEL            another one
-    python benchmarks/engines.py DIR --json       an AWQ folder as it is
+    python benchmarks/engines.py                        the example model, quantized here, in transformers
+    python benchmarks/engines.py MODEL --engine vllm    another one, in vLLM
+    python benchmarks/engines.py DIR --json             an AWQ folder as it is
 
-transformers and gptqmodel run in an environment that the script makes once in --env-folder (a minute, a gigabyte).
-This project is not installed there: `AutoModelForCausalLM.from_pretrained` reads the folder by itself, on the CPU, in
-float32. "auto" is the kernel that it chooses, whose products are bfloat16; "torch_awq" is plain torch, whose products
-are float16.
+The engine runs in an environment that the script makes once in --env-folder (a minute, a gigabyte; vLLM: five minutes,
+four gigabytes). This project is not installed there: the engine reads the folder by itself, on the CPU.
+
+transformers computes in float32. "auto" is the kernel that it chooses, whose products are bfloat16; "torch_awq" is
+plain torch, whose products are float16. vLLM's rows are explained in peers/vllm_rows.py.
 
   largest    max|theirs - ours| / max|ours|, over the logits of all tokens
   rms        |theirs - ours| / |ours|, lengths of the vectors of all those logits
 
-The exit code is 1 where `largest` is above 1e-2, or a number is not finite.
+The exit code is 1 where `largest` is above the row's limit, 1e-2 in transformers, or a number is not finite.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from peers import vllm_rows
+from peers.distance import LIMIT, difference, same
 from peers.environments import interpreter
-from peers.running import child_environment, markdown, module_command, say
+from peers.running import ask, markdown, say
 
 HERE = Path(__file__).resolve().parent
-LIMIT = 1e-2
 SEQUENCES = 2
-
-
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, float]:
-    """The two measures above, of logits [sequences, tokens, vocabulary].
-
-    Raises:
-        ValueError: their shapes differ.
-    """
-    if ours.shape != theirs.shape:
-        raise ValueError(f"logits {list(theirs.shape)}, ours {list(ours.shape)}")
-    ours, apart = ours.double(), (theirs.double() - ours.double())
-    return {"largest": float(apart.abs().max() / ours.abs().max()), "rms": float(apart.norm() / ours.norm())}
-
-
-def same(found: dict[str, float]) -> bool:
-    """Within the limit; what is not a number is not."""
-    return all(map(math.isfinite, found.values())) and found["largest"] <= LIMIT
+ENVIRONMENTS = {"transformers": "gptqmodel", "vllm": "vllm"}
+BACKENDS = {"transformers": ("auto", "torch_awq"), "vllm": vllm_rows.BACKENDS}
 
 
 def quantized(model: Path, work: Path, samples: int) -> Path:
@@ -84,12 +69,27 @@ def their_logits(
     """
     from safetensors.torch import load_file
 
-    question, out = work / "logits.json", work / "logits.safetensors"
+    out = work / "logits.safetensors"
     wanted = {"model": str(folder.resolve()), "ids": ids, "backends": backends, "out": str(out), "threads": threads}
-    question.write_text(json.dumps(wanted), encoding="utf-8")
-    command, environment = module_command(str(python), "logits", question), child_environment(threads)
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=work)
-    return load_file(out), json.loads(done.stdout.splitlines()[-1])
+    told = ask("logits", wanted, work, threads, python)
+    return load_file(out), told
+
+
+def transformers_rows(
+    python: Path, folder: Path, tokens: int, backends: list[str], work: Path, threads: int
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A row for each backend, and the versions of what ran."""
+    ids, ours = our_logits(folder, tokens)
+    theirs, told = their_logits(python, folder, ids, backends, work, threads)
+    rows: list[dict[str, Any]] = []
+    for backend in backends:
+        linears = told["linears"][backend]
+        if not linears:
+            raise SystemExit(f"{backend}: no linear is quantized there")
+        found = difference(ours, theirs[backend])
+        what = ", ".join(f"{count} {kind}" for kind, count in linears.items())
+        rows.append({"backend": backend, "limit": LIMIT, "what": what, **found, "same": same(found)})
+    return rows, told["versions"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -99,7 +99,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--samples", type=int, default=8, help="calibration windows, if it is quantized here (default: 8)"
     )
     parser.add_argument("--tokens", type=int, default=64, help="in each of two sequences (default: 64)")
-    parser.add_argument("--backends", nargs="+", default=["auto", "torch_awq"], help="of transformers' AwqConfig")
+    parser.add_argument("--engine", choices=list(BACKENDS), default="transformers")
+    parser.add_argument(
+        "--backends", nargs="+", help="of transformers' AwqConfig; of vLLM: weights float16 bfloat16 (default: all)"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--env-folder", type=Path, default=HERE.parent / ".cache" / "peers", metavar="DIR")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
@@ -107,27 +110,22 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        python = interpreter("gptqmodel", options.env_folder, say)
+        backends = options.backends or list(BACKENDS[options.engine])
+        python = interpreter(ENVIRONMENTS[options.engine], options.env_folder, say)
         folder = quantized(options.model, work, options.samples)
-        ids, ours = our_logits(folder, options.tokens)
-        theirs, told = their_logits(python, folder, ids, options.backends, work, options.threads)
-    rows: list[dict[str, Any]] = []
-    for backend in options.backends:
-        linears = told["linears"][backend]
-        if not linears:
-            raise SystemExit(f"{backend}: no linear is quantized there")
-        found = difference(ours, theirs[backend])
-        rows.append({"backend": backend, "linears": linears, **found, "same": same(found)})
+        if options.engine == "vllm":
+            rows, versions = vllm_rows.rows(python, folder, options.tokens, SEQUENCES, backends, work, options.threads)
+        else:
+            rows, versions = transformers_rows(python, folder, options.tokens, backends, work, options.threads)
     if options.json:
-        versions = told["versions"]
-        print(json.dumps({"model": str(options.model), "limit": LIMIT, "versions": versions, "rows": rows}, indent=2))
+        print(json.dumps({"model": str(options.model), "engine": options.engine, "versions": versions, "rows": rows}))
     else:
-        lines = [["backend", "linears", "largest", "rms", f"within {LIMIT:g}"]]
+        lines = [["backend", "what", "largest", "rms", "limit", "within"]]
         for row in rows:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in row["linears"].items())
-            lines.append([row["backend"], kinds, f"{row['largest']:.1e}", f"{row['rms']:.1e}", str(row["same"])])
+            numbers = [f"{row[name]:.1e}" for name in ("largest", "rms")]
+            lines.append([row["backend"], row["what"], *numbers, f"{row['limit']:g}", str(row["same"])])
         print(markdown(lines))
-        print(", ".join(f"{package} {version}" for package, version in told["versions"].items()))
+        print(", ".join(f"{package} {version}" for package, version in versions.items()))
     return 0 if all(row["same"] for row in rows) else 1
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from awq_core.checkpoint.engine_names import with_engine_names
 from awq_core.checkpoint.format import quantization_config
 from awq_core.output_head import untied
 from awq_core.plan_types import Plan
@@ -26,7 +27,9 @@ def config_json(raw: dict[str, Any], typed: PretrainedConfig, plan: Plan, names:
 
 
 def _kept(plan: Plan, names: dict[str, str]) -> list[str]:
-    """Prefixes as on disk (vLLM matches those) and, where transformers renames them, as in memory too."""
+    """Prefixes as on disk (vLLM starts from those) and, where transformers renames them, as in memory too."""
+    quantized = [linear.name for linear in plan.linears if linear.quantize]
+    stored = [names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in quantized]
     prefixes: dict[str, None] = {}
     for prefix in plan.kept_prefixes():
         for name, on_disk in names.items():
@@ -36,4 +39,4 @@ def _kept(plan: Plan, names: dict[str, str]) -> list[str]:
                     prefixes[on_disk.removesuffix(tail)] = None
                 break
         prefixes[prefix] = None
-    return list(prefixes)
+    return with_engine_names(prefixes, [*quantized, *stored])

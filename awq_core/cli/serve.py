@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -126,11 +126,11 @@ def pick_engine(engine: str) -> str:
 
 
 def installed(engine: str) -> str:
-    """The version of an engine; empty where it says none."""
-    try:
-        return version(engine)
-    except PackageNotFoundError:
-        return ""
+    """The version of an engine; empty where it says none. vLLM's build for CPUs is a package of another name."""
+    for package in (engine, f"{engine}-cpu"):
+        with suppress(PackageNotFoundError):
+            return version(package)
+    return ""
 
 
 def check_address(host: str, port: int) -> None:

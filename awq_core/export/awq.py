@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from awq_core.checkpoint.engine_names import with_engine_names
 from awq_core.checkpoint.format import quantization_config
 from awq_core.checkpoint.pack import PackedLinear
 from awq_core.export.card import Card
@@ -23,9 +24,10 @@ CARD = Card(
 
 def write(source: Source, out: Path, to: str = "awq") -> None:
     """Write `source` as AWQ gemm."""
+    quantized = {*source.linears, *source.linears.values()}
     section = quantization_config(
         group_size=source.settings.group_size,
-        modules_to_not_convert=prefixes(source.kept, {*source.linears, *source.linears.values()}),
+        modules_to_not_convert=with_engine_names(prefixes(source.kept, quantized), quantized),
         lm_head=source.lm_head,
     )
     write_folder(source, out, tensors, section, CARD)

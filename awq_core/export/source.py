@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from awq_core.checkpoint.eight_bit import widened
@@ -31,6 +30,7 @@ from awq_core.skeleton import (
     checkpoint_names,
     claimant,
     load_config,
+    matrices,
     raw_config,
     resolve,
     transposed_names,
@@ -162,12 +162,10 @@ def _model(folder: Path, raw: dict[str, Any], plugin: str | None, trust_remote_c
 
 def _kept(model: PreTrainedModel, stored: dict[str, str], linears: dict[str, str]) -> dict[str, None]:
     """Names of everything with a weight `[out, in]` that is neither an embedding nor quantized: in the model, and on
-    disk where that differs. Routers are no `nn.Linear` in transformers, but they are in engines."""
+    disk where that differs."""
     kept: dict[str, None] = {}
-    for path, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding):
-            on_disk = stored.get(f"{path}.weight", f"{path}.weight").removesuffix(".weight")
-            if on_disk not in linears:
-                kept |= {path: None, on_disk: None}
+    for path in matrices(model):
+        on_disk = stored.get(f"{path}.weight", f"{path}.weight").removesuffix(".weight")
+        if on_disk not in linears:
+            kept |= {path: None, on_disk: None}
     return kept

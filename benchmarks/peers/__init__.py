@@ -7,7 +7,9 @@
     awq_core.py, autoawq.py, llmcompressor.py, gptqmodel.py, autoround.py, modelopt.py
                       one toolkit each: load, quantize, save
     layouts.py        from any exported file back to plain weights
+    distance.py       the measures of benchmarks/engines.py
     logits.py         logits of an AWQ folder in transformers itself, for benchmarks/engines.py
+    vllm_*.py         its weights, log-probabilities and tokens in vLLM itself, and a product where vLLM has none
     evaluate.py       perplexity and KL divergence of every result, all by the same code
 
 `benchmarks/quantize.py` is the command. It and the first three of these need nothing but Python, so that the process

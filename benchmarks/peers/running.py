@@ -39,11 +39,17 @@ def module_command(python: str, module: str, argument: Path) -> list[str]:
     return [python, "-c", code, str(argument)]
 
 
-def ask(module: str, wanted: dict[str, Any], work: Path, threads: int) -> dict[str, Any]:
-    """What a module of `peers`, run by this Python, prints when given `wanted`."""
+def ask(
+    module: str, wanted: dict[str, Any], work: Path, threads: int, python: Path = Path(sys.executable)
+) -> dict[str, Any]:
+    """What a module of `peers` prints, in its last line, when given `wanted`; run by `python`.
+
+    Raises:
+        subprocess.CalledProcessError: the process failed; its words are on stderr.
+    """
     question = work / f"{module}.json"
     question.write_text(json.dumps(wanted), encoding="utf-8")
-    command = module_command(sys.executable, module, question)
+    command = module_command(str(python), module, question)
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=child_environment(threads))
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer

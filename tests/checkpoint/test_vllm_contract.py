@@ -2,14 +2,17 @@
 
 vLLM's rules are stated anew here and share no code with the package. They are those of its `AWQConfig`, of
 `AWQMarlinConfig`, which takes an AWQ checkpoint over on most GPUs, and of `AutoAWQConfig`, which followed both
-(vllm/model_executor/layers/quantization: awq.py, awq_marlin.py, auto_awq.py; utils/quant_utils.py: is_layer_skipped):
+(vllm/model_executor/layers/quantization: awq.py, awq_marlin.py, auto_awq.py; utils/quant_utils.py: is_layer_skipped).
+`python benchmarks/engines.py --engine vllm` runs vLLM itself; version 0.32.0 keeps these rules:
 
 - keys: w_bit or bits, q_group_size or group_size, zero_point; lm_head; modules_to_not_convert, looked for anywhere in a
   full name; Marlin knows bits, group_size and quant_method "awq" by these names alone
 - a linear [out, in]: qweight int32 [in, out/8], qzeros int32 [in/group, out/8], scales [in/group, out]
 - nibbles of a word, from the lowest: columns 0 2 4 6 1 3 5 7
 - q/k/v and gate/up are one linear, whose parts are all quantized or none, and lie side by side along out
-- experts of a layer are one stack, quantized or not as a whole
+- experts of a layer are one stack, quantized or not as a whole, and never in whole rows
+- a router may be a linear like any other (Qwen3-MoE's is): it has to be named among what is not converted
+- entries are renamed as tensors are, by prefixes that end in a dot, and then looked for in vLLM's own names
 """
 
 import json
@@ -17,7 +20,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import LlamaConfig, MixtralConfig, Qwen3MoeConfig, Qwen3VLConfig
 
 import awq_core
 from awq_core import QuantConfig
@@ -59,6 +62,8 @@ class Settings:
     def skips(self, prefix):
         """is_layer_skipped(skip_with_substr=True) of a layer by its name in vLLM, fused."""
         parent, _, name = prefix.rpartition(".")
+        if name in MAPPING and any(one in prefix for one in self.not_converted):
+            return True  # the fused linear goes by its own name
         parts = [f"{parent}.{part}" for part in MAPPING.get(name, [name])] if parent else [prefix]
         skipped = {any(one in part for one in self.not_converted) for part in parts}
         assert len(skipped) == 1, f"some but not all shards of {prefix} are quantized"
@@ -115,6 +120,7 @@ class Loader:
     def experts(self, prefix, count, hidden, inner, names):
         """A stack: RoutedExperts asks for its whole name once."""
         quantized = not any(one in prefix for one in self.settings.not_converted)
+        assert not quantized or self.settings.group_size > 0, "AutoAWQMoEMethod divides by the group size"
         gate, down, up = names
         for e in range(count):
             for name, in_features, out in ((gate, hidden, inner), (up, hidden, inner), (down, inner, hidden)):
@@ -174,7 +180,8 @@ def decoder(loader, *, experts=None, bias=False, norms=()):
         mixture, *names = experts
         count = c.get("num_local_experts") or c["num_experts"]
         inner = c.get("moe_intermediate_size") or c["intermediate_size"]
-        loader.plain(f"{layer}.{mixture}.gate.weight", count, hidden)  # a router is built without quant_config
+        assert loader.settings.skips(f"{layer}.{mixture}.gate"), "a router that is not named would be quantized"
+        loader.plain(f"{layer}.{mixture}.gate.weight", count, hidden)
         found.update(loader.experts(f"{layer}.{mixture}.experts", count, hidden, inner, names))
     if loader.settings.lm_head:
         assert not c["tie_word_embeddings"]
@@ -257,6 +264,62 @@ def test_vllm_reads_experts_with_the_names_of_an_mlp(tmp_path, tiny_options):
     for name in names:
         weight = found[name]
         assert weight.unique(dim=0).shape[0] > 1, f"{name} is read as something"
+
+
+def test_a_router_that_is_not_named_is_an_error(tmp_path, tiny_options):
+    options = {**tiny_options, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    folder, _ = quantized(Qwen3MoeConfig(**options), tmp_path)
+    loader = Loader(folder)
+    assert {f"model.layers.{i}.mlp.gate" for i in range(2)} <= set(loader.settings.not_converted)
+    loader.settings.not_converted = ["lm_head"]
+    with pytest.raises(AssertionError, match="router"):
+        decoder(loader, experts=("mlp", "gate_proj", "down_proj", "up_proj"), norms=("q_norm", "k_norm"))
+
+
+def test_experts_in_whole_rows_are_not_read(tmp_path, tiny_options):
+    folder, _ = quantized(MixtralConfig(**tiny_options, num_local_experts=3), tmp_path, group_size=-1)
+    with pytest.raises(AssertionError, match="group size"):
+        decoder(Loader(folder), experts=("block_sparse_moe", "w1", "w2", "w3"))
+
+
+def test_a_tower_is_kept_by_the_name_that_vllm_gives_it(tmp_path, tiny_options):
+    """Qwen3-VL: "model.visual." becomes "visual." in vLLM, and "model.visual" stays as it is."""
+    vision = {"hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
+    config = Qwen3VLConfig(
+        text_config={**tiny_options, "head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        vision_config={**vision, "patch_size": 4, "deepstack_visual_indexes": [0]},
+    )
+    folder, _ = quantized(config, tmp_path)
+    loader = Loader(folder)
+    prefixes = {"model.visual.": "visual.", "lm_head.": "language_model.lm_head.", "model.language_model.": "text."}
+
+    def renamed(name):
+        for old, new in prefixes.items():
+            name = name.replace(old, new, 1) if name.startswith(old) else name
+        return name
+
+    loader.settings.not_converted = [renamed(one) for one in loader.settings.not_converted]
+    kept = [name for name in loader.tensors if name.startswith("model.visual.") and name.endswith(".weight")]
+    assert kept and all(loader.settings.skips(renamed(name.removesuffix(".weight"))) for name in kept)
+    packed = [name.removesuffix(".qweight") for name in loader.tensors if name.endswith(".qweight")]
+    assert packed and not any(loader.settings.skips(renamed(name)) for name in packed)
+
+
+@pytest.mark.parametrize(
+    ("kept", "entries"),
+    [
+        ("layers.0.self_attn.q_proj", ["q_proj", "k_proj", "v_proj", "qkv_proj"]),
+        ("layers.0.mlp.up_proj", ["gate_proj", "up_proj", "gate_up_proj"]),
+    ],
+)
+def test_a_fused_linear_that_is_kept_has_its_own_entry(kept, entries, tmp_path, tiny_options):
+    """SGLang looks for entries in the name of the fused linear only."""
+    folder, names = quantized(LlamaConfig(**tiny_options), tmp_path, modules_to_not_convert=(kept,))
+    listed = Loader(folder).settings.not_converted
+    parent = f"model.{kept.rpartition('.')[0]}"
+    assert {f"{parent}.{entry}" for entry in entries} <= set(listed)
+    fused = {f"{name.rpartition('.')[0]}.{entries[-1]}" for name in names if name.rpartition(".")[2] in entries}
+    assert fused and not any(one in name for one in listed for name in fused), "what is quantized is not found"
 
 
 def test_the_order_of_nibbles_is_frozen():

