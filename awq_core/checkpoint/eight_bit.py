@@ -14,7 +14,6 @@ there are such linears the configuration says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 from awq_core.checkpoint.foreign import AGAIN, expect, in_order
 from awq_core.checkpoint.format import Settings
 from awq_core.checkpoint.reader import CheckpointReader
+from awq_core.checkpoint.view import ReaderView, Shown
 from awq_core.errors import CheckpointError, NumericsError
 from awq_core.skeleton import checkpoint_names, transposed_names
 
@@ -46,58 +46,6 @@ class Wide:
         return (self.rows, self.out) if self.turned else (self.out, self.rows)
 
 
-class WidenedReader(CheckpointReader):
-    """A reader that shows the weights of `wide`, by the name of the linear, in the place of their parts."""
-
-    def __init__(self, reader: CheckpointReader, wide: Mapping[str, Wide], settings: Settings) -> None:
-        self.folder, self.total_bytes = reader.folder, reader.total_bytes
-        self._reader, self._settings = reader, settings
-        self._wide = {f"{name}.weight": one for name, one in wide.items()}
-        parts = {f"{name}.{part}": f"{name}.weight" for name in wide for part in PARTS}
-        self.names = tuple(dict.fromkeys(parts.get(name, name) for name in reader.names))
-        self._shown = frozenset(self.names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shown
-
-    def close(self) -> None:
-        self._reader.close()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._wide[name].shape if name in self._wide else self._reader.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._reader.dtype(f"{name}_scale" if name in self._wide else name)
-
-    def nbytes(self, name: str) -> int:
-        if name not in self._wide:
-            return self._reader.nbytes(name)
-        return torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize
-
-    def tensor(
-        self,
-        name: str,
-        *,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
-        check_finite: bool = True,
-        rows: tuple[int, int] | None = None,
-    ) -> torch.Tensor:
-        if name not in self._wide:
-            return self._reader.tensor(name, device=device, dtype=dtype, check_finite=check_finite, rows=rows)
-        one = self._wide[name]
-        whole = decode(self._reader, name.removesuffix(".weight"), one, self._settings).to(dtype)
-        if check_finite and not bool(torch.isfinite(whole).all()):
-            raise NumericsError(f"{name} overflows {whole.dtype}", hint="use bfloat16 or float32")
-        whole = whole.t() if one.turned else whole
-        return (whole[slice(*rows)] if rows else whole).to(device).contiguous()
-
-    def read_into(self, name: str, out: torch.Tensor, *, check_finite: bool = True) -> torch.Tensor:
-        if name not in self._wide:
-            return self._reader.read_into(name, out, check_finite=check_finite)
-        return out.copy_(self.tensor(name, dtype=out.dtype, check_finite=check_finite))
-
-
 def widened(
     reader: CheckpointReader, settings: Settings | None, model: PreTrainedModel | None = None
 ) -> CheckpointReader:
@@ -114,15 +62,26 @@ def widened(
     packed = [name.removesuffix(MARK) for name in reader.names if name.endswith(MARK)]
     places = {} if model is None else checkpoint_names(model, tuple(f"{name}.weight" for name in packed))
     turned = {places[name].removesuffix(".weight") for name in transposed_names(model) & set(places)} if model else ()
-    wide: dict[str, Wide] = {}
+    shown: dict[str, Shown] = {}
     for name in packed:
         shape = reader.tensor(f"{name}.weight_shape")
         expect(name, "weight_shape", shape, (2,))
         out, rows = (int(size) for size in shape.tolist())
         words = reader.shape(f"{name}{MARK}")[-1]
         if words == -(-rows // PER_WORD) != -(-rows // 8):
-            wide[name] = Wide(out, rows, name in turned)
-    return WidenedReader(reader, wide, settings)
+            shown[f"{name}.weight"] = _shown(reader, name, Wide(out, rows, name in turned), settings)
+    parts = {f"{weight.removesuffix('weight')}{part}": weight for weight in shown for part in PARTS}
+    return ReaderView(reader, dict.fromkeys(parts.get(name, name) for name in reader.names), shown)
+
+
+def _shown(reader: CheckpointReader, name: str, one: Wide, settings: Settings) -> Shown:
+    def make(dtype: torch.dtype | None, check_finite: bool) -> torch.Tensor:
+        weight = decode(reader, name, one, settings).to(dtype)
+        if check_finite and not bool(torch.isfinite(weight).all()):
+            raise NumericsError(f"{name}.weight overflows {weight.dtype}", hint="use bfloat16 or float32")
+        return (weight.t() if one.turned else weight).contiguous()
+
+    return Shown(one.shape, reader.dtype(f"{name}.weight_scale"), make)
 
 
 def decode(reader: CheckpointReader, name: str, one: Wide, settings: Settings) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from awq_core.checkpoint.reader import CheckpointReader
+from awq_core.checkpoint.view import ReaderView, Shown
 from awq_core.skeleton import targets
 
 
@@ -46,60 +47,6 @@ class Piece:
         return part.clone(memory_format=torch.contiguous_format)
 
 
-class UnstackedReader(CheckpointReader):
-    """A reader that shows `pieces`, name -> (name of its stack on disk, piece), in the place of their stacks."""
-
-    def __init__(self, reader: CheckpointReader, pieces: dict[str, tuple[str, Piece]]) -> None:
-        self.folder, self.total_bytes = reader.folder, reader.total_bytes
-        self._reader, self._pieces = reader, pieces
-        within: dict[str, list[str]] = {}
-        for name, (stack, _) in pieces.items():
-            within.setdefault(stack, []).append(name)
-        self.names = tuple(shown for name in reader.names for shown in within.get(name, (name,)))
-        self._shown = frozenset(self.names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shown
-
-    def close(self) -> None:
-        self._reader.close()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self._pieces:
-            return self._reader.shape(name)
-        stack, piece = self._pieces[name]
-        return piece.shape(self._reader.shape(stack))
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._reader.dtype(self._pieces[name][0] if name in self._pieces else name)
-
-    def nbytes(self, name: str) -> int:
-        if name not in self._pieces:
-            return self._reader.nbytes(name)
-        return torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize
-
-    def tensor(
-        self,
-        name: str,
-        *,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
-        check_finite: bool = True,
-        rows: tuple[int, int] | None = None,
-    ) -> torch.Tensor:
-        if name not in self._pieces:
-            return self._reader.tensor(name, device=device, dtype=dtype, check_finite=check_finite, rows=rows)
-        stack, piece = self._pieces[name]
-        one = (piece.expert, piece.expert + 1)
-        whole = piece.cut(self._reader.tensor(stack, dtype=dtype, check_finite=check_finite, rows=one)[0])
-        return (whole[slice(*rows)] if rows else whole).to(device)
-
-    def read_into(self, name: str, out: torch.Tensor, *, check_finite: bool = True) -> torch.Tensor:
-        if name not in self._pieces:
-            return self._reader.read_into(name, out, check_finite=check_finite)
-        return out.copy_(self.tensor(name, dtype=out.dtype, check_finite=check_finite))
-
-
 def unstacked(reader: CheckpointReader, model: PreTrainedModel) -> CheckpointReader:
     """`reader`, or a view of it in which the stacks that `model` has taken apart are taken apart too."""
     # name of a stack in the model -> ends of the pieces' names, pieces, shapes of the parameters
@@ -108,16 +55,28 @@ def unstacked(reader: CheckpointReader, model: PreTrainedModel) -> CheckpointRea
         for name, piece in getattr(module, "stored", {}).items():
             shape = module.get_parameter(name).shape
             within.setdefault(f"{path}.{piece.stack}", []).append((name, piece, shape))
-    pieces: dict[str, tuple[str, Piece]] = {}
+    shown: dict[str, Shown] = {}
+    pieces: dict[str, list[str]] = {}  # by their stack on disk
     for target, on_disk in targets(model, reader.names, within):
         if target in within:
             stack = within[target][0][1].stack
             prefix = (on_disk if on_disk.endswith(stack) else target).removesuffix(stack)
-            stored = reader.shape(on_disk)
-            pieces.update(
-                (prefix + name, (on_disk, _facing(piece, stored, shape))) for name, piece, shape in within[target]
-            )
-    return UnstackedReader(reader, pieces) if pieces else reader
+            for name, piece, wanted in within[target]:
+                shown[prefix + name] = _piece(reader, on_disk, piece, wanted)
+                pieces.setdefault(on_disk, []).append(prefix + name)
+    names = (one for name in reader.names for one in pieces.get(name, (name,)))
+    return ReaderView(reader, names, shown) if shown else reader
+
+
+def _piece(reader: CheckpointReader, stack: str, piece: Piece, wanted: torch.Size) -> Shown:
+    stored = reader.shape(stack)
+    piece = _facing(piece, stored, wanted)
+
+    def make(dtype: torch.dtype | None, check_finite: bool) -> torch.Tensor:
+        one = (piece.expert, piece.expert + 1)
+        return piece.cut(reader.tensor(stack, dtype=dtype, check_finite=check_finite, rows=one)[0])
+
+    return Shown(piece.shape(stored), reader.dtype(stack), make)
 
 
 def _facing(piece: Piece, stored: tuple[int, ...], wanted: tuple[int, ...]) -> Piece:
