@@ -32,6 +32,7 @@ from awq_core.hooks.manager import PluginManager, default_manager
 from awq_core.identity import digest, identity
 from awq_core.mixed import Allocation, Target, keeping, room, verify
 from awq_core.model_card import head_note, model_card
+from awq_core.model_folder import open_config, raw_config, resolve
 from awq_core.plan_types import Plan
 from awq_core.planning import make_plan
 from awq_core.quantization.block import LinearReport
@@ -46,7 +47,7 @@ from awq_core.report.card import section
 from awq_core.report.collect import record_of
 from awq_core.report.record import RECORD, Cost
 from awq_core.runtime.load import load
-from awq_core.skeleton import build_skeleton, checkpoint_names, open_config, raw_config, resolve
+from awq_core.skeleton import build_skeleton, checkpoint_names
 
 __all__ = ["Phase", "QuantizeResult", "load", "plan", "quantize"]
 

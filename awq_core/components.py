@@ -29,9 +29,9 @@ from awq_core.evaluation.captions import caption_batches
 from awq_core.evaluation.paired import Estimate
 from awq_core.evaluation.samples import sample_divergence, text_logits
 from awq_core.hooks.manager import PluginManager, default_manager
+from awq_core.model_folder import resolve
 from awq_core.plan_types import Plan
 from awq_core.runtime.load import load
-from awq_core.skeleton import resolve
 
 PathLike = str | os.PathLike[str]
 

@@ -124,7 +124,7 @@ def test_what_was_measured_on(effects, source):
 def test_calibrated_components_are_the_ones_a_run_makes(source, pictures, manager, tmp_path):
     """The samples that are measured on take no part in calibration: a run on the others alone has the same effect."""
     from awq_core.calibration.prepare import Preprocessors, prepare
-    from awq_core.skeleton import open_config
+    from awq_core.model_folder import open_config
 
     config = QuantConfig(group_size=G, components={"vision": "keep", "language": "keep"})
     found = component_effects(source, pictures, config=config, measured=2, manager=manager)

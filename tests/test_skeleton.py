@@ -25,16 +25,8 @@ from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.errors import CheckpointError, ConfigError, PluginError, UnsupportedModelError
 from awq_core.hooks import Architecture, LayerStack, hookimpl
 from awq_core.hooks.manager import PluginManager, default_manager
-from awq_core.skeleton import (
-    build_skeleton,
-    checkpoint_names,
-    load_config,
-    model_class,
-    open_config,
-    raw_config,
-    resolve,
-    set_parameter,
-)
+from awq_core.model_folder import load_config, open_config, raw_config, resolve
+from awq_core.skeleton import build_skeleton, checkpoint_names, model_class, set_parameter
 from awq_core.testing.tiny import save_tiny, tiny_weights
 
 NARROW = {

@@ -50,6 +50,7 @@ FLOORS = (
         "awq_core.scale_groups",
         "awq_core.shared_heads",
         "awq_core.skeleton",
+        "awq_core.model_folder",
     ),
     ("awq_core.hooks",),
     ("awq_core.config", "awq_core.errors", "awq_core.devices", "awq_core.gemm", "awq_core.sizes", "awq_core.version"),

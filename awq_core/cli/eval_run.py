@@ -30,8 +30,8 @@ from awq_core.evaluation.gates import Gate, GateResult, check, check_names
 from awq_core.evaluation.perplexity import STANDARD_WINDOW, fitting_window, token_ids
 from awq_core.evaluation.reference import ReferenceLogits
 from awq_core.evaluation.tasks import quiet
+from awq_core.model_folder import resolve
 from awq_core.sizes import parse_size
-from awq_core.skeleton import resolve
 
 STRIDE = 512
 # Not calibration's usual one: of a large data set other samples come first.

@@ -34,7 +34,7 @@ def check_folders(*names: str | None) -> None:
     Raises:
         CheckpointError: no folder, no hub name, or no config.json there.
     """
-    from awq_core.skeleton import raw_config, resolve
+    from awq_core.model_folder import raw_config, resolve
 
     for name in names:
         if name is not None:
@@ -81,7 +81,7 @@ def open_processor(model: str | Path, *, trust_remote_code: bool = False) -> Any
 
 
 def _open(auto: Any, model: str | Path, what: str, trust_remote_code: bool) -> Any:
-    from awq_core.skeleton import resolve
+    from awq_core.model_folder import resolve
 
     folder = resolve(model)
     try:

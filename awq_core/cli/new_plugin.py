@@ -32,8 +32,8 @@ def new_command(family: str, model: str, out: str | None, trust_remote_code: boo
 
     from awq_core.hooks.manager import default_manager
     from awq_core.inference import infer
+    from awq_core.model_folder import load_config, resolve
     from awq_core.scaffold import config_for_tests, write_plugin
-    from awq_core.skeleton import load_config, resolve
 
     source = Path(model).parent if Path(model).name == "config.json" else Path(resolve(model, weights=False))
     config = load_config(source, trust_remote_code=trust_remote_code)

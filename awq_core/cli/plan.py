@@ -91,7 +91,7 @@ def kernels_here(decided: Plan, model: str, trust_remote_code: bool) -> tuple[st
     from awq_core.devices import dtype_name, pick_device, pick_dtype
     from awq_core.hooks.manager import default_manager
     from awq_core.kernels.survey import runners
-    from awq_core.skeleton import load_config, resolve
+    from awq_core.model_folder import load_config, resolve
 
     config = load_config(resolve(model, weights=False), trust_remote_code=trust_remote_code)
     dtype = pick_dtype(getattr(config, "dtype", None) or "float32")

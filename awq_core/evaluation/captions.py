@@ -35,7 +35,7 @@ from awq_core.evaluation.samples import (
     text_targets,
 )
 from awq_core.hooks.manager import PluginManager, default_manager
-from awq_core.skeleton import open_config
+from awq_core.model_folder import open_config
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ import torch
 from awq_core.checkpoint.reader import fingerprint
 from awq_core.errors import ConfigError, OutputError
 from awq_core.evaluation.perplexity import evaluating, logits_of
-from awq_core.skeleton import resolve
+from awq_core.model_folder import resolve
 from awq_core.version import __version__
 
 LIMIT = 20_000_000_000

@@ -29,7 +29,7 @@ from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.checkpoint.toolkits import read_settings
 from awq_core.errors import CheckpointError
 from awq_core.evaluation.perplexity import Progress
-from awq_core.skeleton import raw_config, resolve
+from awq_core.model_folder import raw_config, resolve
 
 
 @dataclass(frozen=True, slots=True)

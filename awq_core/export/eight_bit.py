@@ -23,9 +23,9 @@ from awq_core.errors import ConfigError, NumericsError
 from awq_core.export.source import Source
 from awq_core.hooks.manager import default_manager
 from awq_core.inference import infer_unknown
+from awq_core.model_folder import Claim, claimant
 from awq_core.plan_types import Plan
 from awq_core.planning import make_plan
-from awq_core.skeleton import Claim, claimant
 from awq_core.units import units_of
 
 EVERYTHING = "*"

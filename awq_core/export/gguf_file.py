@@ -19,7 +19,7 @@ from awq_core.export.gguf_tokenizer import add_tokenizer
 from awq_core.export.source import Source
 from awq_core.export.staging import put, require, staged
 from awq_core.export.writing import small_files
-from awq_core.skeleton import load_config
+from awq_core.model_folder import load_config
 
 FILE = "model.gguf"
 USE = f"```\nllama-cli -m NAME/{FILE}\n```"

@@ -24,17 +24,9 @@ from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.checkpoint.toolkits import read_settings
 from awq_core.errors import CheckpointError
 from awq_core.hooks.manager import default_manager
+from awq_core.model_folder import claimant, load_config, raw_config, resolve
 from awq_core.modules.unclaimed import prepare_unclaimed
-from awq_core.skeleton import (
-    build_skeleton,
-    checkpoint_names,
-    claimant,
-    load_config,
-    matrices,
-    raw_config,
-    resolve,
-    transposed_names,
-)
+from awq_core.skeleton import build_skeleton, checkpoint_names, matrices, transposed_names
 
 
 @dataclass(frozen=True, slots=True)

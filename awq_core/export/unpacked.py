@@ -17,7 +17,8 @@ from awq_core.errors import CheckpointError, NumericsError
 from awq_core.export.card import Card
 from awq_core.export.source import Source
 from awq_core.export.writing import write_folder
-from awq_core.skeleton import build_skeleton, load_config
+from awq_core.model_folder import load_config
+from awq_core.skeleton import build_skeleton
 
 CARD = Card(
     title="AWQ unpacked to 16 bits",

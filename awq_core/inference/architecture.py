@@ -25,11 +25,11 @@ from awq_core.inference.readers import NOT_CALLED, Group, Refused, Search, unrea
 from awq_core.inference.stack import decoder_blocks
 from awq_core.inference.tiny import WRITE, batches, real_model, small_outputs, tiny_model
 from awq_core.inference.trial import Trial
+from awq_core.model_folder import load_config, resolve
 from awq_core.modules.unclaimed import Prepared, prepare_unclaimed
 from awq_core.planning import make_plan
 from awq_core.quantization.proof import Proof, logits_of, prove_model, resolved
 from awq_core.scale_groups import GroupPlan, expand
-from awq_core.skeleton import load_config, resolve
 from awq_core.version import __version__
 
 CONTROL_MINIMUM = 1e-2  # the negative control must move the outputs by this much

@@ -8,7 +8,7 @@ from awq_core.errors import UnsupportedModelError
 from awq_core.hooks.manager import PluginManager
 from awq_core.inference.architecture import InferredArchitecture, infer
 from awq_core.inference.tiny import WRITE
-from awq_core.skeleton import Claim, raw_config, resolve
+from awq_core.model_folder import Claim, raw_config, resolve
 
 
 def infer_unknown(

@@ -16,8 +16,8 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
 from awq_core.devices import pick_device
+from awq_core.model_folder import resolve
 from awq_core.runtime.load import load
-from awq_core.skeleton import resolve
 
 
 @register_model("awq")

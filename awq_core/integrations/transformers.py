@@ -34,11 +34,12 @@ from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.devices import release_freed_memory
 from awq_core.errors import CheckpointError, ConfigError, UnsupportedModelError
 from awq_core.hooks.manager import default_manager
+from awq_core.model_folder import Claim
 from awq_core.modules import UnstackedExperts
 from awq_core.modules.unclaimed import prepare_unclaimed
 from awq_core.runtime.grouped import group_experts
 from awq_core.runtime.linear import QuantLinear
-from awq_core.skeleton import Claim, checkpoint_names, transposed_names
+from awq_core.skeleton import checkpoint_names, transposed_names
 
 METHOD = "awq"
 PARTS = ("qweight", "qzeros", "scales")

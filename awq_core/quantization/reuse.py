@@ -25,8 +25,8 @@ from awq_core.checkpoint.pack import unpack
 from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.config import QuantConfig
 from awq_core.errors import CheckpointError, ConfigError
+from awq_core.model_folder import raw_config
 from awq_core.quantization.rounding import Grid
-from awq_core.skeleton import raw_config
 
 SCALES = "calibration/scales.safetensors"
 

@@ -23,21 +23,13 @@ from awq_core.checkpoint.toolkits import read_settings
 from awq_core.devices import pick_device, pick_dtype, release_freed_memory
 from awq_core.errors import CheckpointError, ConfigError, OutputError
 from awq_core.hooks.manager import PluginManager, default_manager
+from awq_core.model_folder import claimant, load_config, raw_config, resolve
 from awq_core.modules.unclaimed import prepare_unclaimed
 from awq_core.runtime.fused import PackedWeights, fuse_blocks, prefer_graphs, report
 from awq_core.runtime.grouped import group_experts
 from awq_core.runtime.linear import QuantLinear, fake_quantized
 from awq_core.runtime.placement import DeviceMap, Places, dispatch, place
-from awq_core.skeleton import (
-    build_skeleton,
-    checkpoint_names,
-    claimant,
-    load_config,
-    raw_config,
-    resolve,
-    set_parameter,
-    transposed_names,
-)
+from awq_core.skeleton import build_skeleton, checkpoint_names, set_parameter, transposed_names
 
 # Bytes read into memory that is freed again, after which what lies between the weights is given back.
 HOLES = 1 << 26

@@ -24,8 +24,8 @@ from transformers import AutoConfig
 from awq_core.errors import PluginError
 from awq_core.hooks.loading import GROUP
 from awq_core.hooks.manager import Owner, PluginManager, default_manager
+from awq_core.model_folder import import_auto_module, open_config
 from awq_core.scaffold import smallest_config
-from awq_core.skeleton import import_auto_module, open_config
 
 TEST_FILE = """
 from awq_core.testing import ArchitectureConformance

@@ -13,11 +13,12 @@ from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.config import QuantConfig
 from awq_core.errors import NumericsError, PlanError
 from awq_core.hooks.manager import default_manager
+from awq_core.model_folder import open_config
 from awq_core.planning import make_plan
 from awq_core.quantization.engine import Engine
 from awq_core.quantization.rounding import round_trip
 from awq_core.quantization.sensitivity import sensitivities
-from awq_core.skeleton import build_skeleton, checkpoint_names, open_config
+from awq_core.skeleton import build_skeleton, checkpoint_names
 from awq_core.testing import save_tiny
 
 NEAREST = QuantConfig(group_size=32, scale=False, clip="none")
