@@ -61,8 +61,12 @@ def test_a_problem_is_what_our_kernels_get():
     assert np.array_equal(problem_of(packed).weight, dequantize(packed, torch.float32).numpy())
 
 
-def test_a_peer_that_is_not_installed_says_so(problem, tmp_path):
+def test_a_peer_that_is_not_installed_says_so(problem, tmp_path, monkeypatch):
     from kernel_worker import Missing, Worker
+
+    # Found before the real one, where that is installed.
+    (tmp_path / "llama_cpp.py").write_text("raise ModuleNotFoundError(\"No module named 'llama_cpp'\")")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     pytest.importorskip("numpy")
     np.savez(tmp_path / "problem.npz", codes=problem.codes, zeros=problem.zeros, scales=problem.scales)

@@ -30,13 +30,15 @@ def _kept(plan: Plan, names: dict[str, str]) -> list[str]:
     """Prefixes as on disk (vLLM starts from those) and, where transformers renames them, as in memory too."""
     quantized = [linear.name for linear in plan.linears if linear.quantize]
     stored = [names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in quantized]
+    text = "\n".join([*quantized, *stored])
     prefixes: dict[str, None] = {}
     for prefix in plan.kept_prefixes():
-        for name, on_disk in names.items():
-            if name.startswith(prefix + "."):
-                tail = name[len(prefix) :]
-                if on_disk.endswith(tail):
-                    prefixes[on_disk.removesuffix(tail)] = None
-                break
+        below = (name for name in names if name.startswith(prefix + "."))
+        # A router's other parameters may lie elsewhere on disk, its weight tells.
+        name = f"{prefix}.weight" if f"{prefix}.weight" in names else next(below, None)
+        if name is not None and names[name].endswith(tail := name[len(prefix) :]):
+            on_disk = names[name].removesuffix(tail)
+            if on_disk not in text:
+                prefixes[on_disk] = None
         prefixes[prefix] = None
     return with_engine_names(prefixes, [*quantized, *stored])

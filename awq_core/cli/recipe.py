@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import click
@@ -44,7 +45,8 @@ def settings(path: Path, command: click.Command, ctx: click.Context) -> dict[str
     for key, value in read_recipe(path).items():
         if key not in keys:
             near = [ELSEWHERE[key]] if key in ELSEWHERE else difflib.get_close_matches(key, keys, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(keys))}"
+            every = shorten(", ".join(sorted(keys)), 300, placeholder=" ... (awq quantize --help)")
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {every}"
             raise ConfigError(f"{path}: unknown key {key!r}", hint=hint)
         if value is None:
             continue  # `calib:` with nothing behind it is the default
