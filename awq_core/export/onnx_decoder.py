@@ -23,11 +23,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from awq_core.errors import CheckpointError, ConfigError
 from awq_core.export.card import Card
-from awq_core.export.onnx_linear import MatMulNBits
+from awq_core.export.onnx_experts import branch_experts
+from awq_core.export.onnx_linear import MatMulNBits, translations
 from awq_core.export.source import Source
 from awq_core.export.staging import put, require, staged
 from awq_core.export.writing import small_files
-from awq_core.modules import UnstackedExperts
 from awq_core.runtime.load import load
 
 FILE = "model.onnx"
@@ -119,6 +119,7 @@ def trace(model: PreTrainedModel) -> Any:
                 output_names=["logits", *(f"present.{kind}" for kind in kinds)],
                 dynamic_shapes=shapes,
                 opset_version=OPSET,
+                custom_translation_table=translations(),
                 verbose=False,
             )
     except Exception as error:  # whatever a model's own code, or the exporter's, comes up with
@@ -141,7 +142,7 @@ def compact(model: Any) -> None:
     import onnx_ir
 
     graph = model.graph
-    for node in graph:
+    for node in onnx_ir.traversal.RecursiveGraphIterator(graph):  # those of branches too
         node.metadata_props.clear()
         node.doc_string = None
     for name, value in list(graph.initializers.items()):
@@ -164,21 +165,19 @@ def compact(model: Any) -> None:
 
 
 def _model(source: Source) -> PreTrainedModel:
-    """The model in float32, its quantized linears as `MatMulNBits`."""
+    """The model in float32, its quantized linears as `MatMulNBits`, its experts in branches."""
     model = load(source.folder, dtype="float32", plugin=source.plugin, trust_remote_code=source.code)
-    kind = model.config.model_type
-    why = ""
     if getattr(model.config, "is_encoder_decoder", False) or model.config.get_text_config() is not model.config:
-        why = "it is more than a decoder"
-    elif any(isinstance(module, UnstackedExperts) for module in model.modules()):
-        why = "which experts run depends on the token"
-    if why:
-        raise CheckpointError(f"{kind} does not export to ONNX: {why}", hint="--to compressed-tensors or scaled-fp16")
+        raise CheckpointError(
+            f"{model.config.model_type} does not export to ONNX: it is more than a decoder",
+            hint="--to compressed-tensors or scaled-fp16",
+        )
     for name, path in source.linears.items():
         parent, _, leaf = path.rpartition(".")
         old = model.get_submodule(path)
         made = MatMulNBits(name, source.linear(name), getattr(old, "bias", None), torch.float32)
         setattr(model.get_submodule(parent), leaf, made)
+    branch_experts(model)
     return model
 
 

@@ -12,6 +12,7 @@ of 32, a row of 4096 thirty-two of 128. The numbers are the same, so the product
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from awq_core.checkpoint.pack import PackedLinear, unpack
 from awq_core.errors import CheckpointError
 
 BLOCKS = (128, 64, 32, 16)
+DOMAIN = "com.microsoft"
 # Activations stay in float32: 4 would round them to 8 bits, which is faster and changes what is generated.
 ACCURACY_LEVEL = 1
 
@@ -69,19 +71,50 @@ class MatMulNBits(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x `[..., in]` -> `[..., out]`."""
-        attributes: dict[str, Any] = {
-            "K": self.in_features,
-            "N": self.out_features,
-            "bits": 4,
-            "block_size": self.block,
-            "accuracy_level": ACCURACY_LEVEL,
-        }
-        y: torch.Tensor = torch.onnx.ops.symbolic(
-            "com.microsoft::MatMulNBits",
-            (x, self.weight, self.scales, self.zero_points),
-            attributes,
-            dtype=x.dtype,
-            shape=(*x.shape[:-1], self.out_features),
-            version=1,
-        )
+        y = product(x, self.weight, self.scales, self.zero_points, self.in_features, self.out_features, self.block)
         return y if self.bias is None else y + self.bias
+
+
+@torch.library.custom_op("awq::mat_mul_n_bits", mutates_args=())
+def product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor,
+    inputs: int,
+    outputs: int,
+    block: int,
+) -> torch.Tensor:
+    """The node, for torch's exporter to carry: the shape and dtype of the product, x `[..., in]` -> `[..., out]`."""
+    return x.new_zeros((*x.shape[:-1], outputs))
+
+
+@product.register_fake
+def _(x: torch.Tensor, *tensors_and_sizes: Any) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], tensors_and_sizes[-2]))
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """For `torch.onnx.export(custom_translation_table=)`: the node that stands for `product`."""
+    import onnx
+    import onnxscript
+
+    Schema = onnx.defs.OpSchema
+    floats, codes = (("F", ["tensor(float)"], ""), ("B", ["tensor(uint8)"], ""))
+    sizes = ("K", "N", "bits", "block_size", "accuracy_level")
+    schema = Schema(
+        "MatMulNBits",
+        DOMAIN,
+        1,
+        inputs=[Schema.FormalParameter(name, kind) for name, kind in zip("xwsz", "FBFB", strict=True)],
+        outputs=[Schema.FormalParameter("y", "F")],
+        type_constraints=[floats, codes],
+        attributes=[Schema.Attribute(name, Schema.AttrType.INT) for name in sizes],
+    )
+    node = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), schema.name, schema)
+
+    def translated(x: Any, weight: Any, scales: Any, zero_points: Any, inputs: int, outputs: int, block: int) -> Any:
+        values = dict(zip(sizes, (inputs, outputs, 4, block, ACCURACY_LEVEL), strict=True))
+        return node(x, weight, scales, zero_points, **values)
+
+    return {torch.ops.awq.mat_mul_n_bits.default: translated}

@@ -181,14 +181,33 @@ def quantized(config, folder):
     return folder / "DIR"
 
 
-def test_a_mixture_is_refused(tmp_path, tiny_options, one_line):
-    from transformers import MixtralConfig
+def mixtures(tiny_options):
+    from transformers import MixtralConfig, Qwen2MoeConfig
 
-    folder = quantized(MixtralConfig(**tiny_options, num_local_experts=2, num_experts_per_tok=1), tmp_path)
-    with pytest.raises(CheckpointError) as caught:
-        export_checkpoint(folder, tmp_path / "x", "onnx")
-    one_line(caught.value, "mixtral", "expert")
-    assert not (tmp_path / "x").exists()
+    shared = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 3}
+    yield MixtralConfig(**tiny_options, num_local_experts=4, num_experts_per_tok=2), 4
+    yield Qwen2MoeConfig(**tiny_options, **shared, num_experts_per_tok=1), 3
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_a_mixture_runs_the_experts_that_were_chosen(tmp_path, tiny_options, number):
+    """Its tokens are torch's, alone and in a padded batch, and every expert stands in a branch."""
+    config, experts = list(mixtures({**tiny_options, "num_hidden_layers": 1}))[number]
+    folder = quantized(config, tmp_path)
+    made = export_checkpoint(folder, tmp_path / "x", "onnx").out
+    model, rows = awq_core.load(folder, dtype="float32"), [list(range(10, 22)), [7, 90, 33]]
+    expected = [continuation(model, row) for row in rows]
+    assert greedy(made / "model.onnx", rows, NEW) == expected
+    assert greedy(made / "model.onnx", rows[1:], NEW) == expected[1:]
+
+    graph = onnx.load(made / "model.onnx", load_external_data=False).graph
+    branches = [node for node in graph.node if node.op_type == "If"]
+    assert len(branches) == experts
+    for node in branches:
+        then, otherwise = ({one.name: one.g for one in node.attribute}[f"{name}_branch"] for name in ("then", "else"))
+        assert [one.op_type for one in then.node].count("MatMulNBits") == 3
+        assert "MatMulNBits" not in [one.op_type for one in otherwise.node]
+        assert not any(one.metadata_props for one in (*then.node, *otherwise.node))
 
 
 def test_what_torch_cannot_trace_is_refused(quantized_llama, tmp_path, monkeypatch, one_line):
