@@ -87,7 +87,7 @@ def test_shards_are_worked_in_workers_and_the_bytes_are_those_of_the_local_engin
         return original(driver, threads, device, function, value, *arrays)
 
     monkeypatch.setattr(integration, "_work", work)
-    settings = {**SETTINGS, "samples": 24, "seq_len": 16, "calibration": list(corpus), "calib_shards": 3}
+    settings = {**SETTINGS, "samples": 40, "seq_len": 16, "calibration": list(corpus), "calib_shards": 3}
     awq_core.quantize(source, tmp_path / "local", **settings)
     assert not list(tickets.iterdir())
     awq_core.quantize(source, tmp_path / "ray", engine="ray", **settings)

@@ -23,8 +23,8 @@ from awq_core.quantization.spread import here, threads
 from awq_core.testing.tiny import save_tiny
 
 CPU = torch.device("cpu")
-# Three batches of eight windows.
-SAMPLES = {"samples": 24, "seq_len": 16}
+# Five batches of eight windows: three shards are one batch, and twice two.
+SAMPLES = {"samples": 40, "seq_len": 16}
 
 
 @pytest.mark.parametrize(("batches", "count"), [(16, 4), (17, 4), (3, 2), (3, 8), (1, 1), (0, 3)])
