@@ -23,9 +23,9 @@ import torch
 import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from awq_core.errors import ConfigError
+from awq_core.integrations.quantizers import put_in, take_out
 
 try:
     from compressed_tensors.compressors import BaseCompressor
@@ -41,7 +41,6 @@ except ImportError as error:  # older releases of transformers decompress after 
 METHOD = "compressed-tensors"
 PACKED = "weight_packed"
 PARTS = (PACKED, "weight_scale", "weight_shape", "weight_zero_point")
-_replaced: dict[str, Any] = {}  # what `enable` took out of transformers' table; empty when it is off
 
 
 def enable() -> ExitStack:
@@ -50,18 +49,12 @@ def enable() -> ExitStack:
     Returns:
         A context manager that undoes it; one that does nothing where it was enabled before.
     """
-    undo = ExitStack()
-    if AUTO_QUANTIZER_MAPPING.get(METHOD) is not Quantizer:
-        _replaced[METHOD] = AUTO_QUANTIZER_MAPPING[METHOD]
-        AUTO_QUANTIZER_MAPPING[METHOD] = Quantizer
-        undo.callback(disable)
-    return undo
+    return put_in(METHOD, Quantizer)
 
 
 def disable() -> None:
     """Put back what `enable` replaced; without it, nothing happens."""
-    if AUTO_QUANTIZER_MAPPING.get(METHOD) is Quantizer:
-        AUTO_QUANTIZER_MAPPING[METHOD] = _replaced.pop(METHOD)
+    take_out(METHOD, Quantizer)
 
 
 class Dequantize(CompressedTensorsDequantize):

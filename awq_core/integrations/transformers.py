@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from awq_core.checkpoint.foreign import logical_names
@@ -34,6 +33,7 @@ from awq_core.checkpoint.reader import CheckpointReader
 from awq_core.devices import release_freed_memory
 from awq_core.errors import CheckpointError, ConfigError, UnsupportedModelError
 from awq_core.hooks.manager import default_manager
+from awq_core.integrations.quantizers import put_in, take_out
 from awq_core.model_folder import Claim
 from awq_core.modules import UnstackedExperts
 from awq_core.modules.unclaimed import prepare_unclaimed
@@ -44,7 +44,6 @@ from awq_core.skeleton import checkpoint_names, transposed_names
 METHOD = "awq"
 PARTS = ("qweight", "qzeros", "scales")
 AGAIN = "download or quantize the model again"
-_replaced: dict[str, Any] = {}  # what `enable` took out of transformers' table; empty when it is off
 
 
 def enable() -> ExitStack:
@@ -53,22 +52,12 @@ def enable() -> ExitStack:
     Returns:
         A context manager that undoes it; one that does nothing where it was enabled before.
     """
-    undo = ExitStack()
-    if AUTO_QUANTIZER_MAPPING.get(METHOD) is not AwqQuantizer:
-        _replaced[METHOD] = AUTO_QUANTIZER_MAPPING.get(METHOD)
-        AUTO_QUANTIZER_MAPPING[METHOD] = AwqQuantizer
-        undo.callback(disable)
-    return undo
+    return put_in(METHOD, AwqQuantizer)
 
 
 def disable() -> None:
     """Put back what `enable` replaced; without it, nothing happens."""
-    if AUTO_QUANTIZER_MAPPING.get(METHOD) is AwqQuantizer:
-        previous = _replaced.pop(METHOD, None)
-        if previous is None:
-            del AUTO_QUANTIZER_MAPPING[METHOD]
-        else:
-            AUTO_QUANTIZER_MAPPING[METHOD] = previous
+    take_out(METHOD, AwqQuantizer)
 
 
 class Awaited(nn.Module):

@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Qwen2Config
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import awq_core
 from awq_core.checkpoint.pack import dequantize
@@ -302,14 +303,14 @@ def test_transformers_alone_refuses_it_or_is_right(mixed):
 
 def test_enable_and_disable():
     integration = pytest.importorskip("awq_core.integrations.compressed_tensors")
-    before = integration.AUTO_QUANTIZER_MAPPING[CT]
+    before = AUTO_QUANTIZER_MAPPING[CT]
     with integration.enable():
-        assert integration.AUTO_QUANTIZER_MAPPING[CT] is integration.Quantizer
+        assert AUTO_QUANTIZER_MAPPING[CT] is integration.Quantizer
         with integration.enable():
             pass
-        assert integration.AUTO_QUANTIZER_MAPPING[CT] is integration.Quantizer
+        assert AUTO_QUANTIZER_MAPPING[CT] is integration.Quantizer
     integration.disable()
-    assert integration.AUTO_QUANTIZER_MAPPING[CT] is before
+    assert AUTO_QUANTIZER_MAPPING[CT] is before
 
 
 def test_float8_experts_are_left_to_transformers():
